@@ -47,7 +47,7 @@ fi
 if [ -n "${HYBRIDZOO_TORCH:-}" ] || ! has_torch "$venv_python"; then
     read -r -a torch <<<"${HYBRIDZOO_TORCH:-torch==2.13.0}"
     step "installing ${torch[*]} (the largest download: some minutes)" \
-        "$venv_python" -m pip install --quiet "${torch[@]}"
+        "$venv_python" -m pip install -qq "${torch[@]}"
 fi
 
 # nothing is installed again while what decides it is the same
@@ -56,6 +56,6 @@ key=$({ pwd; "$venv_python" --version; cat pyproject.toml setup.py; } | "$venv_p
 stamp=.venv/hybridzoo-${extra:-core}.stamp
 if [ "$(cat "$stamp" 2>/dev/null)" != "$key" ]; then
     step "installing hybridzoo${extra:+[$extra]} and what it needs" \
-        "$venv_python" -m pip install --quiet --editable ".${extra:+[$extra]}"
+        "$venv_python" -m pip install -qq --editable ".${extra:+[$extra]}"
     printf '%s\n' "$key" >"$stamp"
 fi

@@ -1,0 +1,97 @@
+"""A stranger's machine: the two scripts in a fresh copy, and a wheel in an empty environment."""
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.slow
+
+
+def run(command: list[str | Path], cwd: Path, **environment: str) -> str:
+    """The command's stdout; fails with all it said. The caller's Python variables stay out."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env={**kept, **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture
+def fresh_copy(tmp_path) -> Path:
+    """What a clone would hold once the present work is committed; nothing that git ignores."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    copy = tmp_path / "fresh copy"  # the space is on purpose
+    for name in filter(None, names.split("\0")):
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+def test_wheel_generates_offline_in_an_empty_environment(fresh_copy, tmp_path):
+    pip = [sys.executable, "-m", "pip"]
+    build = ["wheel", fresh_copy, "--no-deps", "--no-build-isolation", "-qq", "-w", tmp_path]
+    run([*pip, *build], tmp_path)
+    (wheel,) = tmp_path.glob("hybridzoo-*.whl")
+    assert wheel.stat().st_size < 20 * 2**20
+
+    names = set(zipfile.ZipFile(wheel).namelist())
+    wanted = {
+        f"hybridzoo/{path.relative_to(fresh_copy)}" for path in fresh_copy.glob("configs/**/*.yaml")
+    }
+    wanted |= {
+        f"hybridzoo/{path.relative_to(fresh_copy)}" for path in fresh_copy.glob("model_cards/*.md")
+    }
+    wanted |= {str(path.relative_to(fresh_copy)) for path in fresh_copy.glob("hybridzoo/**/*.py")}
+    weights = [path for path in fresh_copy.glob("hybridzoo/zoo/weights/**/*") if path.is_file()]
+    assert {".safetensors", ".json", ".xz"} <= {path.suffix for path in weights}
+    wanted |= {str(path.relative_to(fresh_copy)) for path in weights} | {"hybridzoo/py.typed"}
+    assert not sorted(wanted - names)
+
+    empty = tmp_path / "empty"
+    venv.create(empty, with_pip=False)
+    python = empty / "bin" / "python"
+    run([*pip, "--python", python, "install", "--no-deps", "--no-index", "-qq", wheel], tmp_path)
+    (site,) = empty.glob("lib/python*/site-packages")
+    # the dependencies are this environment's; a .pth's lines only add folders, after the venv's
+    # own: the wheel's hybridzoo comes first, and an editable one of this environment is not seen
+    folders = [folder for folder in sys.path if folder.endswith(("site-packages", "dist-packages"))]
+    (site / "dependencies.pth").write_text("\n".join(folders))
+
+    where = run([python, "-c", "import hybridzoo; print(hybridzoo.__file__)"], tmp_path)
+    assert Path(where.strip()) == site / "hybridzoo" / "__init__.py"
+    command = empty / "bin" / "hybridzoo"
+    assert "shakespeare" in run([command, "list"], tmp_path, HF_HUB_OFFLINE="1")
+    generate = [command, "generate", "--max-new-tokens", "20", "--seed", "1"]
+    assert len(run(generate, tmp_path, HF_HUB_OFFLINE="1")) >= 20
+
+
+def test_scripts_set_up_a_fresh_copy(fresh_copy, tmp_path):
+    """quickstart.sh talks, again without installing, and test.sh checks and tests, in one copy."""
+    torch_here = {"HYBRIDZOO_TORCH": f"torch=={torch.__version__.partition('+')[0]}"}
+    quickstart = ["bash", fresh_copy / "scripts" / "quickstart.sh"]
+    first = run(quickstart, tmp_path, **torch_here)
+    assert "==> making .venv" in first
+    assert "shakespeare" in first
+    text = first.partition("==> hybridzoo generate")[2].partition("\n")[2]
+    assert len(text) >= 200
+    second = run(quickstart, tmp_path)
+    assert "installing" not in second
+    assert second.endswith(text)
+    tested = run(["bash", fresh_copy / "scripts" / "test.sh", "tests/test_errors.py"], tmp_path)
+    assert " passed" in tested.splitlines()[-1]
