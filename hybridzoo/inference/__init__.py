@@ -1,0 +1,1 @@
+"""Generation: sampling, state cache, streaming and the captured one-token step."""

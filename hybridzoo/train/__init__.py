@@ -1,0 +1,1 @@
+"""Training: data, loss, optimiser groups and the loop."""
