@@ -1,0 +1,344 @@
+"""HybridConfig: one model as text (YAML or JSON) and as typed values; every user error is caught here, before any tensor."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import yaml
+
+from hybridzoo.errors import ConfigError
+from hybridzoo.layers import LayerConfig, Param, kind_config
+from hybridzoo.layers.init import constant, normal
+from hybridzoo.options import check_fields, read_options
+from hybridzoo.pattern import Pattern
+
+MAX_PARAMS = 10**14
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A legend entry whose places all use the one set of weights `shared.{name}`; each place has its own state."""
+
+    shared: str
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One layer of one place: its letter, its hyperparameters and, if its weights are shared, their name."""
+
+    letter: str
+    config: LayerConfig
+    shared: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HybridConfig:
+    """One architecture.
+
+    Attributes:
+        d_model: width of the residual stream.
+        vocab_size: rows of the embedding and of the head.
+        pattern: which layer stands where, in the grammar of pattern.py.
+        layers: the pattern's legend: letter -> kind and hyperparameters, or {shared: name}.
+        layers_at: hyperparameters that differ at single places, by 0-based index; by letter as well at a parallel place.
+        shared: weights that several places use, by name.
+        name: the model's name.
+        norm_eps: eps of every block's norm and of the final one.
+        tie_embeddings: the head reads the embedding's weight.
+        residual_fp32: keep the residual stream in fp32 whatever the model's dtype.
+        residual_multiplier: scales every sublayer's output.
+        embedding_multiplier: scales the embeddings.
+        logits_multiplier: scales the logits.
+        dropout: probability, in training, of dropping an element of a sublayer's output.
+        tokenizer: "bytes", or a tokenizers JSON's file name beside the weights.
+        eos_token_id: ends a text; generation stops at it when the caller asks.
+        source_layout: what an imported checkpoint's files looked like, so that export writes the same bytes.
+    """
+
+    d_model: int
+    vocab_size: int
+    pattern: str
+    layers: dict[str, Any]
+    layers_at: dict[int, Any] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
+    name: str = "unnamed"
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+    residual_fp32: bool = False
+    residual_multiplier: float = 1.0
+    embedding_multiplier: float = 1.0
+    logits_multiplier: float = 1.0
+    dropout: float = 0.0
+    tokenizer: str = "bytes"
+    eos_token_id: int | None = field(default=None, metadata={"min": 0})
+    source_layout: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Read the legend into typed configs and check everything that can be checked without a tensor."""
+        check_fields("config", self)
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(
+                f"dropout: ({self.dropout}) is a probability below 1. Use 0 to drop nothing."
+            )
+        object.__setattr__(
+            self, "layers", {k: _legend_entry(f"layers.{k}", v) for k, v in self.layers.items()}
+        )
+        object.__setattr__(
+            self, "shared", {k: _layer(f"shared.{k}", v) for k, v in self.shared.items()}
+        )
+        self._check_places()
+        if self.n_params() > MAX_PARAMS:
+            raise ConfigError(
+                f"config: {self.n_params():,} parameters; more than {MAX_PARAMS:,} are a typing error. "
+                "Check d_model, vocab_size and the layers' widths."
+            )
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a YAML or JSON file; ConfigError says which file, key and value is wrong."""
+        path = Path(path)
+        if not path.is_file():
+            raise ConfigError(
+                f"{path}: no such file; a config is a .yaml or .json file. Check the path, or `hybridzoo list`."
+            )
+        try:
+            text = path.read_text(encoding="utf-8")
+            options = json.loads(text) if path.suffix == ".json" else yaml.load(text, _Loader)  # noqa: S506
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"{path}: not UTF-8 text (byte {error.start}); a config is text. Save it as UTF-8."
+            ) from None
+        except json.JSONDecodeError as error:
+            raise ConfigError(
+                f"{path}: not JSON at line {error.lineno} ({error.msg}). Mend that line."
+            ) from None
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else 1
+            raise ConfigError(
+                f"{path}: not YAML at line {line} ({error.problem}). Mend that line."
+            ) from None
+        except yaml.YAMLError as error:
+            raise ConfigError(
+                f"{path}: not YAML ({str(error).splitlines()[0]}). Save it as plain text."
+            ) from None
+        try:
+            return cls.from_dict(options)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_dict(cls, options: Any) -> Self:
+        """Build from a mapping with the fields as keys."""
+        return read_options(cls, "", options, of="a model config")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, as plain values; from_dict reads them back equal."""
+        plain: dict[str, Any] = {"name": self.name}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in ("layers", "shared"):
+                value = {
+                    k: {"shared": v.shared} if isinstance(v, Shared) else v.to_dict()
+                    for k, v in value.items()
+                }
+            if (
+                value
+                or f.default is not None
+                and value != f.default
+                and f.name not in ("layers_at", "shared")
+            ):
+                plain[f.name] = value
+        return {k: v for k, v in plain.items() if v != _default(k) or k == "name"}
+
+    @cached_property
+    def expanded(self) -> Pattern:
+        """The parsed pattern: one place a residual sublayer, and the pipeline cuts."""
+        return Pattern.parse(self.pattern)
+
+    @cached_property
+    def places(self) -> tuple[tuple[Branch, ...], ...]:
+        """For each residual sublayer its branches, overrides applied."""
+        return tuple(
+            tuple(self._branch(i, letter, len(letters) > 1) for letter in letters)
+            for i, letters in enumerate(self.expanded.places)
+        )
+
+    def params(self) -> Iterator[tuple[str, Param]]:
+        """Every canonical parameter of the model by its checkpoint name, each once."""
+        embed = Param((self.vocab_size, self.d_model), normal(0.02))
+        norm = Param((self.d_model,), constant(1.0), decay=False)
+        yield "embed.weight", embed
+        for i, place in enumerate(self.places):
+            yield f"blocks.{i}.norm.weight", norm
+            for branch in place:
+                if branch.shared is None:
+                    prefix = branch_prefix(i, branch.letter, len(place) > 1)
+                    yield from (
+                        (prefix + k, p) for k, p in branch.config.params(self.d_model).items()
+                    )
+        for name, layer in self.shared.items():
+            yield from ((f"shared.{name}.{k}", p) for k, p in layer.params(self.d_model).items())
+        yield "norm.weight", norm
+        if not self.tie_embeddings:
+            yield "head.weight", embed
+
+    def n_params(self) -> int:
+        """Parameters, each shared one once; a router's correction bias is not counted, as in the papers' totals."""
+        return sum(_numel(p.shape) for _, p in self.params() if p.trained)
+
+    def n_active_params(self) -> int:
+        """Parameters that one token uses: of experts, the top_k picked; shared weights count once."""
+        return sum(
+            _numel(p.shape) * p.active[0] // p.active[1] for _, p in self.params() if p.trained
+        )
+
+    def flops_per_token(self, context: int = 0) -> int:
+        """Forward floating-point operations for one token after `context` others, head included; training costs 3 times it."""
+        layers = sum(b.config.flops(self.d_model, context) for place in self.places for b in place)
+        return layers + 2 * self.d_model * self.vocab_size
+
+    def state_bytes(self, context: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
+        """Bytes of every layer's state for `batch` sequences of `context` tokens in a model of `dtype`."""
+        specs = (
+            s
+            for place in self.places
+            for b in place
+            for s in b.config.state(self.d_model, batch, context).values()
+        )
+        return sum(_numel(s.shape) * (s.dtype or dtype).itemsize for s in specs)
+
+    def check_tp(self, tp: int) -> None:
+        """Raise ConfigError, naming the legal tp, when some layer cannot be cut over `tp` ranks."""
+        for i, place in enumerate(self.places):
+            for branch in place:
+                branch.config.check_tp(f"blocks.{i} ({branch.config.kind})", self.d_model, tp)
+
+    def _branch(self, place: int, letter: str, is_parallel: bool) -> Branch:
+        entry = self.layers[letter]
+        if isinstance(entry, Shared):
+            return Branch(letter, self.shared[entry.shared], entry.shared)
+        change = self.layers_at.get(place)
+        if change is None:
+            return Branch(letter, entry)
+        change = change.get(letter, {}) if is_parallel else change
+        where = f"layers_at.{place}"
+        merged = type(entry).from_dict(
+            where, {**{f.name: getattr(entry, f.name) for f in fields(entry)}, **change}
+        )
+        merged.check(where, self.d_model)
+        return Branch(letter, merged)
+
+    def _check_places(self) -> None:
+        letters = self.expanded.letters
+        for letter in letters:
+            if letter not in self.layers:
+                known = ", ".join(self.layers) or "none"
+                raise ConfigError(
+                    f"pattern: letter {letter} has no entry in layers ({known}). Add 'layers.{letter}'."
+                )
+        for letter, entry in self.layers.items():
+            if isinstance(entry, Shared):
+                if entry.shared not in self.shared:
+                    known = ", ".join(self.shared) or "none"
+                    raise ConfigError(
+                        f"layers.{letter}.shared: no entry ({entry.shared}) in shared; it has: {known}. Add it."
+                    )
+            else:
+                entry.check(f"layers.{letter}", self.d_model)
+        for name, layer in self.shared.items():
+            layer.check(f"shared.{name}", self.d_model)
+        for place, change in self.layers_at.items():
+            self._check_override(place, change)
+        self.places  # noqa: B018  (reads every override, so that a bad one is refused now)
+
+    def _check_override(self, place: Any, change: Any) -> None:
+        n = len(self.expanded)
+        if not isinstance(place, int) or isinstance(place, bool) or not 0 <= place < n:
+            raise ConfigError(
+                f"layers_at: no such place ({place!r}); the pattern has places 0..{n - 1}. Use one of them."
+            )
+        if not isinstance(change, Mapping):
+            raise ConfigError(
+                f"layers_at.{place}: expected hyperparameters ({change!r}); write a mapping of key: value."
+            )
+        letters = self.expanded.places[place]
+        if len(letters) > 1 and not set(change) <= set(letters):
+            raise ConfigError(
+                f"layers_at.{place}: the place has branches {', '.join(letters)}; give {{letter: {{key: value}}}}."
+            )
+        if any(isinstance(self.layers[c], Shared) for c in letters):
+            raise ConfigError(
+                f"layers_at.{place}: its weights are shared ({letters[0]}); they cannot differ at one place."
+            )
+
+    def with_options(self, **changes: Any) -> Self:
+        """A copy with some fields replaced."""
+        return replace(self, **changes)
+
+
+def branch_prefix(place: int, letter: str, is_parallel: bool) -> str:
+    """Checkpoint name prefix of one layer's parameters."""
+    return f"blocks.{place}.branch.{letter}." if is_parallel else f"blocks.{place}.layer."
+
+
+def _layer(where: str, entry: Any) -> LayerConfig:
+    if isinstance(entry, LayerConfig):
+        return entry
+    if not isinstance(entry, Mapping):
+        raise ConfigError(
+            f"{where}: expected a kind and its hyperparameters ({entry!r}); write {{kind: mamba2, ...}}."
+        )
+    cls = kind_config(where, entry.get("kind"))
+    return cls.from_dict(where, {k: v for k, v in entry.items() if k != "kind"})
+
+
+def _legend_entry(where: str, entry: Any) -> LayerConfig | Shared:
+    letter = where.rpartition(".")[2]
+    if not (len(letter) == 1 and letter.isascii() and letter.isalpha()):
+        raise ConfigError(f"{where}: a legend's key is one letter ({letter!r}). Rename it.")
+    if isinstance(entry, Shared):
+        return entry
+    if isinstance(entry, Mapping) and "shared" in entry:
+        return read_options(Shared, where, entry, of="a shared entry")
+    return _layer(where, entry)
+
+
+def _default(name: str) -> Any:
+    f = HybridConfig.__dataclass_fields__[name]
+    return f.default_factory() if callable(f.default_factory) else f.default
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    n = 1
+    for size in shape:
+        n *= size
+    return n
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 1e-5 as a number and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if key in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key} is given twice", problem_mark=key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)

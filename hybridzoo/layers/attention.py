@@ -1,0 +1,198 @@
+"""Causal grouped-query attention (arXiv 2305.13245) with a key/value cache that holds no padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from hybridzoo.errors import ConfigError
+from hybridzoo.kernels.attention import attention
+from hybridzoo.layers import init
+from hybridzoo.layers.base import Layer, LayerConfig, Param, Sequence, State, StateTensor
+from hybridzoo.layers.rope import apply_rope
+from hybridzoo.sharding import Part, Split
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig(LayerConfig):
+    """Hyperparameters of an attention layer.
+
+    Attributes:
+        n_heads: query heads.
+        n_kv_heads: key and value heads; None is n_heads.
+        head_dim: channels a head; None is d_model / n_heads.
+        qkv_bias: bias of qkv_proj.
+        out_proj_bias: bias of out_proj.
+        rope_fraction: share of every head that rotary embedding turns: 0 none, 1 all.
+        rope_theta: base of its wavelengths.
+        window_size: keys that a query sees, itself included; None is all before it.
+        softmax_scale: multiplies the scores; None is 1 / sqrt(head_dim).
+    """
+
+    kind: ClassVar[str] = "attention"
+    n_heads: int
+    n_kv_heads: int | None = None
+    head_dim: int | None = None
+    qkv_bias: bool = False
+    out_proj_bias: bool = False
+    rope_fraction: float = 0.0
+    rope_theta: float = 10000.0
+    window_size: int | None = None
+    softmax_scale: float | None = None
+
+    @classmethod
+    def tiny(cls) -> Self:
+        """4 query heads of 6 on 2 key heads over d_model 16, two thirds of each rotated, a window, every bias."""
+        return cls(
+            n_heads=4, n_kv_heads=2, head_dim=6, qkv_bias=True, out_proj_bias=True, rope_fraction=2 / 3, rope_theta=100.0,
+            window_size=7, softmax_scale=0.5, input_multiplier=0.8, output_multiplier=1.3,
+        )  # fmt: skip
+
+    def check(self, where: str, d_model: int) -> None:
+        """Refuse head counts and rotary widths that do not fit."""
+        if self.head_dim is None and d_model % self.n_heads:
+            raise ConfigError(
+                f"{where}.n_heads: ({self.n_heads}) must divide d_model ({d_model}). Use a divisor, or give head_dim."
+            )
+        if self.n_heads % (self.n_kv_heads or self.n_heads):
+            raise ConfigError(
+                f"{where}.n_kv_heads: ({self.n_kv_heads}) must divide n_heads ({self.n_heads}). Use a divisor of it."
+            )
+        if not 0 <= self.rope_fraction <= 1 or self.rotary_dim(d_model) % 2:
+            raise ConfigError(
+                f"{where}.rope_fraction: ({self.rope_fraction}) must lie in 0..1 and turn an even number of head_dim's "
+                f"channels ({self.rotary_dim(d_model)} now). Choose a fraction of head_dim that is even."
+            )
+
+    def widths(self, d_model: int) -> tuple[int, int, int]:
+        """(n_heads, n_kv_heads, head_dim)."""
+        return (
+            self.n_heads,
+            self.n_kv_heads or self.n_heads,
+            self.head_dim or d_model // self.n_heads,
+        )
+
+    def rotary_dim(self, d_model: int) -> int:
+        """Channels of a head that rotary embedding turns."""
+        return round(self.rope_fraction * self.widths(d_model)[2])
+
+    def parts(self, d_model: int) -> tuple[Part, Part, Part]:
+        """q, k, v: the rows of qkv_proj, cut by head; few key heads are shared by several ranks."""
+        h, hk, p = self.widths(d_model)
+        key = Part(hk * p, hk, "n_kv_heads", replicates=True)
+        return Part(h * p, h, "n_heads"), key, key
+
+    def params(self, d_model: int) -> dict[str, Param]:
+        """The table; qkv_proj holds the rows q | k | v."""
+        q, k, v = self.parts(d_model)
+        rows, n_rows = Split(0, (q, k, v)), q.width + k.width + v.width
+        table = {"qkv_proj.weight": Param((n_rows, d_model), init.normal(0.02), rows)}
+        if self.qkv_bias:
+            table["qkv_proj.bias"] = Param((n_rows,), init.constant(0.0), rows, decay=False)
+        table["out_proj.weight"] = Param(
+            (d_model, q.width), init.normal(0.02), Split(1, (q,)), residual=True
+        )
+        if self.out_proj_bias:
+            table["out_proj.bias"] = Param((d_model,), init.constant(0.0), decay=False)
+        return table
+
+    def state(self, d_model: int, batch: int, max_len: int) -> dict[str, StateTensor]:
+        """Keys and values of max_len tokens and the number of tokens so far."""
+        _, hk, p = self.widths(d_model)
+        heads = (Part(hk, hk, "n_kv_heads", replicates=True),)
+        cache = StateTensor((batch, max_len, hk, p), None, heads, dim=2)
+        return {"k_cache": cache, "v_cache": cache, "position": StateTensor((batch,), torch.int32)}
+
+    def flops(self, d_model: int, context: int) -> int:
+        """Projections, and scores and values of the keys that the token sees, itself included."""
+        q, k, v = (p.width for p in self.parts(d_model))
+        seen = min(context + 1, self.window_size or context + 1)
+        return 2 * d_model * (q + k + v) + 2 * q * d_model + 4 * q * seen
+
+    def build(self, d_model: int, **where: Any) -> Attention:
+        """The module."""
+        return Attention(self, d_model, **where)
+
+
+class Attention(Layer):
+    """out_proj(softmax(q k^T scale) v), causal; position t of a sequence is index t of its cache."""
+
+    config: AttentionConfig
+
+    def __init__(self, config: AttentionConfig, d_model: int, **where: Any) -> None:
+        super().__init__(config, d_model, **where)
+        self.qkv_proj, self.out_proj = self.linear("qkv_proj"), self.linear("out_proj")
+        self.head_dim, self.rotary_dim = config.widths(d_model)[2], config.rotary_dim(d_model)
+
+    def init_state(self, batch: int, max_len: int) -> State:
+        """Zeros for max_len tokens and one more, the scratch that padding is written to."""
+        return super().init_state(batch, max_len + 1)
+
+    def forward(self, x: Tensor, state: State | None, ctx: Sequence) -> Tensor:
+        """(b, l, d) -> this rank's share of (b, l, d)."""
+        q, k, v = (
+            t.unflatten(-1, (-1, self.head_dim))
+            for t in self.project("qkv_proj", x, self.partial_params())
+        )  # (b, l, h, p), (b, l, hk, p)
+        positions = ctx.local_positions(x)
+        if state:
+            positions = self._absolute(positions, state, ctx)
+        if self.rotary_dim:
+            q, k = (
+                apply_rope(t, positions, self.config.rope_theta, self.rotary_dim) for t in (q, k)
+            )
+        options = {"scale": self.config.softmax_scale, "window_size": self.config.window_size}
+        if state:
+            o = self._cached(q, k, v, positions, state, ctx, options)
+        else:
+            k_start = None if ctx.pad_mask is None else (x.shape[1] - ctx.count(x)).to(torch.int32)
+            o = attention(
+                q,
+                k,
+                v,
+                k_start=k_start,
+                cu_seqlens=ctx.cu_seqlens,
+                max_seqlen=ctx.max_seqlen,
+                **options,
+            )
+        return self.out_proj(o.flatten(2))
+
+    def _absolute(self, positions: Tensor, state: State, ctx: Sequence) -> Tensor:
+        # tokens of this call follow those of the calls before; padding stays at -1.
+        start = state.get("position", ctx)
+        start = start[:, None] if ctx.seq_idx is None else start[ctx.seq_idx][None]
+        return torch.where(positions < 0, positions, positions + start)
+
+    def _cached(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        state: State,
+        ctx: Sequence,
+        options: dict[str, Any],
+    ) -> Tensor:
+        if ctx.cu_seqlens is not None:
+            q, k, v = ctx.unpack(q), ctx.unpack(k), ctx.unpack(v)
+            positions = ctx.unpack(positions[:, :, None], fill=-1)[:, :, 0]
+        k_cache = _write(state.get("k_cache", ctx), k, positions)
+        v_cache = _write(state.get("v_cache", ctx), v, positions)
+        state.set("k_cache", k_cache, ctx)
+        state.set("v_cache", v_cache, ctx)
+        state.set(
+            "position", state.get("position", ctx) + (positions >= 0).sum(1, dtype=torch.int32), ctx
+        )
+        o = attention(q, k_cache.to(q.dtype), v_cache.to(q.dtype), q_positions=positions, **options)
+        return o if ctx.cu_seqlens is None else ctx.repack(o)
+
+
+def _write(cache: Tensor, new: Tensor, positions: Tensor) -> Tensor:
+    """The cache (b, m, hk, p) with new (b, l, hk, p) at its tokens' positions; padding goes to the scratch at m - 1."""
+    index = torch.where(positions < 0, cache.shape[1] - 1, positions).long()
+    place = (torch.arange(cache.shape[0], device=cache.device)[:, None], index)
+    new = new.to(cache.dtype)
+    return cache.index_put(place, new) if torch.is_grad_enabled() else cache.index_put_(place, new)

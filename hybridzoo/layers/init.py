@@ -1,0 +1,65 @@
+"""How parameters start: each draw is a pure function of shape, seed and name, so it does not depend on tp."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Init = Callable[[tuple[int, ...], torch.Generator], Tensor]
+
+
+def seeded(seed: int, name: str) -> torch.Generator:
+    """A CPU generator for one parameter, the same in every process and at every tp."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def constant(value: float) -> Init:
+    """Every element `value`."""
+    return lambda shape, _: torch.full(shape, value)
+
+
+def normal(std: float) -> Init:
+    """N(0, std)."""
+    return lambda shape, generator: torch.randn(shape, generator=generator) * std
+
+
+def uniform(bound: float) -> Init:
+    """U(-bound, bound)."""
+    return lambda shape, generator: (torch.rand(shape, generator=generator) * 2 - 1) * bound
+
+
+def fan_in_uniform(fan_in: int) -> Init:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): what Mamba's projections and convolutions start from."""
+    return uniform(fan_in**-0.5)
+
+
+def log_arange() -> Init:
+    """log(1..n) along the last dimension: S4D-real, Mamba's A_log (arXiv 2312.00752, section 3.6)."""
+    return lambda shape, _: (
+        torch.arange(1, shape[-1] + 1, dtype=torch.float32).log().expand(shape).clone()
+    )
+
+
+def log_uniform_A(low: float, high: float) -> Init:
+    """log of U(low, high): Mamba-2's A_log, one decay a head."""
+    return lambda shape, generator: (
+        low + torch.rand(shape, generator=generator) * (high - low)
+    ).log()
+
+
+def dt_bias(low: float, high: float, floor: float) -> Init:
+    """Inverse softplus of a log-uniform step in [low, high], at least floor (arXiv 2312.00752, section 3.6)."""
+
+    def draw(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        steps = torch.rand(shape, generator=generator) * (
+            math.log(high) - math.log(low)
+        ) + math.log(low)
+        dt = steps.exp().clamp(min=floor)
+        return dt + (-torch.expm1(-dt)).log()
+
+    return draw

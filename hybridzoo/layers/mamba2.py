@@ -1,0 +1,228 @@
+"""Mamba-2 (arXiv 2405.21060): one decay a head, B and C shared by a group of heads, a gated norm before out_proj."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from hybridzoo.errors import ConfigError
+from hybridzoo.kernels.causal_conv1d import causal_conv1d
+from hybridzoo.kernels.ssd import ssd
+from hybridzoo.layers import init
+from hybridzoo.layers.base import Layer, LayerConfig, Param, Sequence, State, StateTensor
+from hybridzoo.layers.norm import GatedRMSNorm
+from hybridzoo.sharding import Part, Split
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba2Config(LayerConfig):
+    """Hyperparameters of a Mamba-2 mixer.
+
+    Attributes:
+        d_state: states a channel.
+        head_dim: channels a head.
+        n_heads: heads; None is d_inner / head_dim.
+        n_groups: groups of heads that share B and C.
+        d_conv: taps of the causal convolution over x, B and C.
+        expand: d_inner / d_model, unless d_inner or n_heads is given.
+        d_inner: channels of the scan; None is n_heads * head_dim, or expand * d_model.
+        conv_bias: bias of the convolution.
+        in_proj_bias: bias of in_proj.
+        out_proj_bias: bias of out_proj.
+        norm: gate_first, RMSNorm(y * silu(z)); norm_first, RMSNorm(y) * silu(z); none, y * silu(z). Groups of d_inner / n_groups.
+        norm_eps: eps of that norm.
+        chunk_size: tokens a chunk of the scan; changes speed and rounding, not the function.
+        dt_limit: bounds of dt after softplus, in prefill and decode alike.
+        dt_min: smallest step at initialisation.
+        dt_max: largest step at initialisation.
+        dt_init_floor: no initial step lies below it.
+        A_init: range of the initial decays.
+    """
+
+    kind: ClassVar[str] = "mamba2"
+    d_state: int = 128
+    head_dim: int = 64
+    n_heads: int | None = None
+    n_groups: int = 1
+    d_conv: int = 4
+    expand: float = 2
+    d_inner: int | None = None
+    conv_bias: bool = True
+    in_proj_bias: bool = False
+    out_proj_bias: bool = False
+    norm: Literal["gate_first", "norm_first", "none"] = "gate_first"
+    norm_eps: float = 1e-5
+    chunk_size: int = 128
+    dt_limit: tuple[float, float] = (0.0, math.inf)
+    dt_min: float = 1e-3
+    dt_max: float = 1e-1
+    dt_init_floor: float = 1e-4
+    A_init: tuple[float, float] = (1.0, 16.0)
+
+    @classmethod
+    def tiny(cls) -> Self:
+        """4 heads of 6 in 2 groups over d_model 16, every bias, chunks shorter than the tests' sequences."""
+        return cls(
+            d_state=5, head_dim=6, n_heads=4, n_groups=2, d_conv=3, in_proj_bias=True, out_proj_bias=True, norm_eps=1e-3,
+            chunk_size=8, dt_limit=(0.01, 2.0), input_multiplier=0.8, output_multiplier=1.3,
+        )  # fmt: skip
+
+    def check(self, where: str, d_model: int) -> None:
+        """Refuse widths that do not fit together."""
+        i, h = self.widths(d_model)
+        if i != h * self.head_dim:
+            raise ConfigError(
+                f"{where}.head_dim: ({self.head_dim}) times n_heads ({h}) must be d_inner ({i}). "
+                "Give n_heads and head_dim, or a head_dim that divides d_inner."
+            )
+        if h % self.n_groups:
+            raise ConfigError(
+                f"{where}.n_groups: ({self.n_groups}) must divide n_heads ({h}). Use a divisor of {h}."
+            )
+        for name, (low, high) in (("dt_limit", self.dt_limit), ("A_init", self.A_init)):
+            if not 0 <= low < high:
+                raise ConfigError(
+                    f"{where}.{name}: bounds in the wrong order ({low}, {high}); 0 <= low < high. Swap them."
+                )
+        if not 0 < self.dt_min < self.dt_max:
+            raise ConfigError(
+                f"{where}.dt_min: ({self.dt_min}) must lie between 0 and dt_max ({self.dt_max}). Lower it."
+            )
+
+    def widths(self, d_model: int) -> tuple[int, int]:
+        """(d_inner, n_heads)."""
+        if self.d_inner or self.n_heads is None:
+            i = self.d_inner or int(self.expand * d_model)
+            return i, self.n_heads or i // self.head_dim
+        return self.n_heads * self.head_dim, self.n_heads
+
+    def parts(self, d_model: int) -> tuple[Part, Part, Part, Part, Part]:
+        """z, x, B, C, dt: the rows of in_proj; z, x and dt are cut by head, B and C by group."""
+        i, h = self.widths(d_model)
+        head, width = Part(i, h, "n_heads"), self.n_groups * self.d_state
+        group = Part(width, self.n_groups, "n_groups", replicates=True)
+        return head, head, group, group, Part(h, h, "n_heads")
+
+    def params(self, d_model: int) -> dict[str, Param]:
+        """The table; in_proj holds the rows z | x | B | C | dt, the convolution the channels x | B | C."""
+        i, h = self.widths(d_model)
+        z, x, B, C, dt = self.parts(d_model)
+        rows, conv, heads = Split(0, (z, x, B, C, dt)), Split(0, (x, B, C)), Split(0, (dt,))
+        n_rows, n_conv, fan = (
+            sum(p.width for p in rows.parts),
+            sum(p.width for p in conv.parts),
+            init.fan_in_uniform,
+        )
+        table = {"in_proj.weight": Param((n_rows, d_model), fan(d_model), rows)}
+        if self.in_proj_bias:
+            table["in_proj.bias"] = Param((n_rows,), fan(d_model), rows, decay=False)
+        table["conv_weight"] = Param((n_conv, self.d_conv), fan(self.d_conv), conv)
+        if self.conv_bias:
+            table["conv_bias"] = Param((n_conv,), fan(self.d_conv), conv, decay=False)
+        dt_bias = init.dt_bias(self.dt_min, self.dt_max, self.dt_init_floor)
+        table |= {
+            "dt_bias": Param((h,), dt_bias, heads, decay=False, fp32=True),
+            "A_log": Param((h,), init.log_uniform_A(*self.A_init), heads, decay=False, fp32=True),
+            "D": Param((h,), init.constant(1.0), heads, decay=False, fp32=True),
+        }
+        if self.norm != "none":
+            table["norm.weight"] = Param((i,), init.constant(1.0), Split(0, (x,)), decay=False)
+        table["out_proj.weight"] = Param((d_model, i), fan(i), Split(1, (x,)), residual=True)
+        if self.out_proj_bias:
+            table["out_proj.bias"] = Param((d_model,), init.constant(0.0), decay=False)
+        return table
+
+    def state(self, d_model: int, batch: int, max_len: int) -> dict[str, StateTensor]:
+        """The last d_conv - 1 inputs of the convolution and the fp32 scan state; no growth with max_len."""
+        _, h = self.widths(d_model)
+        _, x, B, C, dt = self.parts(d_model)
+        n_conv = x.width + B.width + C.width
+        ssm_shape = (batch, h, self.head_dim, self.d_state)
+        return {
+            "conv_state": StateTensor((batch, self.d_conv - 1, n_conv), None, (x, B, C), dim=2),
+            "ssm_state": StateTensor(ssm_shape, torch.float32, (dt,), dim=1),
+        }
+
+    def flops(self, d_model: int, context: int) -> int:
+        """Projections, convolution, 5 operations a state (decay, dt x B, add, C multiply-add), skip, gate and norm."""
+        i, _ = self.widths(d_model)
+        z, x, B, C, dt = (p.width for p in self.parts(d_model))
+        projections = 2 * d_model * (z + x + B + C + dt) + 2 * i * d_model
+        return (
+            projections
+            + 2 * (x + B + C) * self.d_conv
+            + 5 * i * self.d_state
+            + (8 if self.norm != "none" else 4) * i
+        )
+
+    def build(self, d_model: int, **where: Any) -> Mamba2:
+        """The module."""
+        return Mamba2(self, d_model, **where)
+
+
+class Mamba2(Layer):
+    """out_proj(norm(ssd(silu(conv(x, B, C))), z)) (arXiv 2405.21060, section 7)."""
+
+    config: Mamba2Config
+
+    def __init__(self, config: Mamba2Config, d_model: int, **where: Any) -> None:
+        super().__init__(config, d_model, **where)
+        self.in_proj = self.linear("in_proj")
+        self.conv_weight, self.conv_bias = self.param("conv_weight"), self.param("conv_bias")
+        self.dt_bias, self.A_log, self.D = (
+            self.param("dt_bias"),
+            self.param("A_log"),
+            self.param("D"),
+        )
+        if config.norm != "none":
+            weight, group_size = (
+                self.param("norm.weight"),
+                config.widths(d_model)[0] // config.n_groups,
+            )
+            norm_first = config.norm == "norm_first"
+            self.norm = GatedRMSNorm(
+                weight, config.norm_eps, group_size, norm_first, parallel=self.parallel
+            )
+        self.out_proj = self.linear("out_proj")
+
+    def forward(self, x: Tensor, state: State | None, ctx: Sequence) -> Tensor:
+        """(b, l, d) -> this rank's share of (b, l, d)."""
+        partial = self.partial_params()
+        z, x, B, C, dt = self.project("in_proj", x, partial)
+        widths = [x.shape[-1], B.shape[-1], C.shape[-1]]
+        conv_weight, conv_bias = (
+            self._whole("conv_weight", partial),
+            self._whole("conv_bias", partial),
+        )
+        # blank before the convolution, which reads neighbours, and after it, whose bias would refill padding.
+        xBC, conv_state = causal_conv1d(
+            ctx.blank_padding(torch.cat([x, B, C], -1)), conv_weight, conv_bias, activation="silu",
+            cu_seqlens=ctx.cu_seqlens, initial_state=state.get("conv_state", ctx) if state else None,
+        )  # fmt: skip
+        x, B, C = ctx.blank_padding(xBC).split(widths, -1)
+        n_groups = B.shape[-1] // self.config.d_state
+        gate = z if self.config.norm == "none" else None
+        y, ssm_state = ssd(
+            _heads(x, dt.shape[-1]), dt, -self.A_log.exp(), _heads(B, n_groups), _heads(C, n_groups), D=self.D,
+            z=None if gate is None else _heads(gate, dt.shape[-1]), dt_bias=self.dt_bias, dt_softplus=True,
+            dt_limit=self.config.dt_limit, chunk_size=self.config.chunk_size, cu_seqlens=ctx.cu_seqlens,
+            initial_state=state.get("ssm_state", ctx) if state else None,
+        )  # fmt: skip
+        if state:
+            state.set("conv_state", conv_state, ctx)
+            state.set("ssm_state", ssm_state, ctx)
+        y = y.flatten(2)
+        return self.out_proj(y if gate is not None else self.norm(y, z))
+
+    def _whole(self, name: str, partial: dict[str, Tensor]) -> Tensor | None:
+        # the cut channels x come first, as written, then the replicated B and C.
+        mine, shared = getattr(self, name), partial.get(f"{name}_shared")
+        return mine if shared is None else torch.cat([mine, shared])
+
+
+def _heads(x: Tensor, n: int) -> Tensor:
+    return x.unflatten(-1, (n, x.shape[-1] // n))

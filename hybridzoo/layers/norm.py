@@ -1,0 +1,77 @@
+"""Norms shared by blocks and kinds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybridzoo.comm import SINGLE, Parallel
+from hybridzoo.kernels.gated_rms_norm import gated_rms_norm
+from hybridzoo.kernels.rms_norm import rms_norm
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (arXiv 1910.07467), optionally fused with the residual add before it.
+
+    Args:
+        weight: (d,) parameter, or None for a norm without weight.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, weight: nn.Parameter | None, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = weight, eps
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(y, h) with h = residual + x in the residual's dtype and y its norm in x's dtype; both (..., d)."""
+        return rms_norm(x, self.weight, eps=self.eps, residual=residual)
+
+
+class GatedRMSNorm(nn.Module):
+    """Grouped RMSNorm with a silu gate (Mamba-2), over the same groups at every tp.
+
+    Args:
+        weight: (i,) this rank's channels.
+        eps: added to each group's mean square.
+        group_size: channels of one full group.
+        norm_before_gate: norm(y) * silu(z) instead of norm(y * silu(z)).
+        parallel: ranks over which a group wider than this rank's channels is summed.
+    """
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        eps: float,
+        group_size: int,
+        norm_before_gate: bool,
+        *,
+        parallel: Parallel = SINGLE,
+    ) -> None:
+        super().__init__()
+        self.weight, self.eps, self.group_size = weight, eps, group_size
+        self.norm_before_gate, self.tp = norm_before_gate, parallel.tp
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        """(b, l, i) from the mixer's output y and the gate z, both (b, l, i)."""
+        if y.shape[-1] % self.group_size == 0:
+            options: dict[str, Any] = {
+                "group_size": self.group_size,
+                "norm_before_gate": self.norm_before_gate,
+            }
+            return gated_rms_norm(y, z, self.weight, eps=self.eps, **options)
+        return self._across_ranks(y, z)
+
+    def _across_ranks(self, y: Tensor, z: Tensor) -> Tensor:
+        # one group's channels lie on several ranks: its squares are summed over them and divided by the full width.
+        wide = torch.promote_types(y.dtype, torch.float32)
+        gate = nn.functional.silu(z.to(wide))
+        u = y.to(wide) if self.norm_before_gate else y.to(wide) * gate
+        n_groups = y.shape[-1] * self.tp.world // self.group_size
+        mine = self.tp.rank * n_groups // self.tp.world
+        squares = nn.functional.pad(u.square().sum(-1, keepdim=True), (mine, n_groups - 1 - mine))
+        mean = self.tp.sum_both(squares)[..., mine : mine + 1] / self.group_size
+        # the cast before the weight is the family's: weight multiplies in the activations' dtype.
+        normed = (u * torch.rsqrt(mean + self.eps)).to(y.dtype) * self.weight.to(y.dtype)
+        return normed * gate.to(y.dtype) if self.norm_before_gate else normed

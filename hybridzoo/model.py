@@ -1,0 +1,226 @@
+"""The stack: Block = x + layer(norm(x)), HybridLM = embedding, blocks, norm, head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hybridzoo.comm import SINGLE, Parallel
+from hybridzoo.config import Branch, HybridConfig, branch_prefix
+from hybridzoo.errors import ConfigError
+from hybridzoo.layers import Layer, Param, Sequence, State
+from hybridzoo.layers.init import seeded
+from hybridzoo.layers.norm import RMSNorm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Block(nn.Module):
+    """One residual sublayer: h += multiplier * delta, then the layer of the norm of h gives the next delta.
+
+    The add waits for the next block's norm so that the two fuse. Several layers (a parallel place) read the same normed
+    input and are summed; under tensor parallelism one collective enters and one leaves, however many they are.
+    """
+
+    def __init__(
+        self,
+        config: HybridConfig,
+        place: tuple[Branch, ...],
+        shared: nn.ModuleDict,
+        norm: nn.Parameter,
+        **where: Any,
+    ) -> None:
+        super().__init__()
+        self.norm = RMSNorm(norm, config.norm_eps)
+        self.place, self.tp = place, where["parallel"].tp
+        self.residual_multiplier, self.dropout = config.residual_multiplier, config.dropout
+        own = {b.letter: b.config.build(config.d_model, **where) for b in place if b.shared is None}
+        if len(place) > 1:
+            self.branch = nn.ModuleDict(own)
+        elif own:
+            self.layer = own[place[0].letter]
+        # a shared layer is registered once, by the model; a tuple keeps it out of this block's own parameters.
+        self._layers = tuple(shared[b.shared] if b.shared else own[b.letter] for b in place)
+
+    def forward(
+        self, h: Tensor, delta: Tensor | None, state: list[State] | None, ctx: Sequence
+    ) -> tuple[Tensor, Tensor]:
+        """(h, delta) -> (h, delta); h is the residual stream (b, l, d), delta what is still to be added to it."""
+        x, h = self.normed(h, delta)
+        x = self.tp.copy_in(x)
+        outs = []
+        for i, (branch, layer) in enumerate(zip(self.place, self._layers, strict=True)):
+            y = layer(_scaled(x, branch.config.input_multiplier), state[i] if state else None, ctx)
+            outs.append(_scaled(y, branch.config.output_multiplier))
+        delta = self.tp.sum_out(sum(outs[1:], outs[0]))
+        return h, F.dropout(delta, self.dropout, self.training)
+
+    def normed(self, h: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(norm(h + multiplier * delta), h + multiplier * delta)."""
+        if delta is None:
+            y, _ = self.norm(h)
+            return y.to(self.norm.weight.dtype), h
+        return self.norm(_scaled(delta, self.residual_multiplier), residual=h)
+
+    def init_state(self, batch: int, max_len: int) -> list[State]:
+        """One empty State a branch."""
+        return [layer.init_state(batch, max_len) for layer in self._layers]
+
+
+class HybridLM(nn.Module):
+    """A language model built from a HybridConfig.
+
+    Args:
+        config: the architecture.
+        seed: of the initial weights, which do not depend on tp.
+        parallel: this process's place among tensor-parallel ranks.
+        device: where the parameters live; "meta" builds without memory.
+        dtype: of the parameters; A_log, D and dt_bias stay at least fp32.
+        init: False leaves the parameters' memory as it is, for a loader to fill.
+    """
+
+    def __init__(
+        self,
+        config: HybridConfig,
+        *,
+        seed: int = 0,
+        parallel: Parallel = SINGLE,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        init: bool = True,
+    ) -> None:
+        super().__init__()
+        config.check_tp(parallel.tp.world)
+        self.config, self.parallel = config, parallel
+        where = {"device": device, "dtype": dtype, "parallel": parallel}
+        d = config.d_model
+
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        # from_pretrained: no default draw, which init_weights or a loader would overwrite.
+        self.embed = nn.Embedding.from_pretrained(empty(config.vocab_size, d), freeze=False)
+        shared = nn.ModuleDict(
+            {name: layer.build(d, **where) for name, layer in config.shared.items()}
+        )
+        self.shared = shared
+        self.blocks = nn.ModuleList(
+            Block(config, place, shared, empty(d), **where) for place in config.places
+        )
+        self.norm = RMSNorm(empty(d), config.norm_eps)
+        self.head = torch.nn.utils.skip_init(
+            nn.Linear, d, config.vocab_size, bias=False, device=device or "cpu", dtype=dtype
+        )
+        if config.tie_embeddings:
+            self.head.weight = self.embed.weight
+        if init and self.embed.weight.device.type != "meta":
+            self.init_weights(seed)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        state: list[list[State]] | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        slots: Tensor | None = None,
+    ) -> Tensor:
+        """Logits.
+
+        Args:
+            input_ids: (b, l) integers below vocab_size.
+            attention_mask: (b, l), nonzero at real tokens; padding is on the left.
+            state: from init_state; continued and updated.
+            cu_seqlens: (s + 1,) int32 starts of packed sequences; then b == 1 and a state has s rows.
+            max_seqlen: longest packed sequence.
+            slots: (b,) rows of the state that these sequences use; negative rows are computed and dropped.
+
+        Returns:
+            (b, l, vocab_size) in the model's dtype.
+        """
+        ctx = Sequence.build(
+            input_ids.shape[1],
+            attention_mask=attention_mask,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            slots=slots,
+        )
+        return self.logits(self.hidden(input_ids, state, ctx))
+
+    def hidden(self, input_ids: Tensor, state: list[list[State]] | None, ctx: Sequence) -> Tensor:
+        """The final norm's output, (b, l, d)."""
+        h = _scaled(self.embed(input_ids), self.config.embedding_multiplier)
+        if self.config.residual_fp32:
+            h = h.to(torch.promote_types(h.dtype, torch.float32))
+        delta = None
+        for i, block in enumerate(self.blocks):
+            h, delta = block(h, delta, state[i] if state else None, ctx)
+        return self.norm(_scaled(delta, self.config.residual_multiplier), residual=h)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(b, l, d) -> (b, l, vocab_size)."""
+        return _scaled(self.head(hidden), self.config.logits_multiplier)
+
+    def init_state(self, batch: int, max_len: int) -> list[list[State]]:
+        """Empty states for `batch` sequences of at most `max_len` tokens: one State a branch of every block."""
+        return [block.init_state(batch, max_len) for block in self.blocks]
+
+    def named_layers(self) -> Iterator[tuple[str, Layer]]:
+        """Every layer with its checkpoint prefix, a shared one once."""
+        for i, block in enumerate(self.blocks):
+            for branch, layer in zip(block.place, block._layers, strict=True):
+                if branch.shared is None:
+                    yield branch_prefix(i, branch.letter, len(block.place) > 1), layer
+        for name, layer in self.shared.items():
+            yield f"shared.{name}.", layer
+
+    def local_names(self) -> Iterator[tuple[str, Param, dict[str, str]]]:
+        """For each canonical parameter: name, declaration and {name in the cut's terms: name in this module}."""
+        layers = dict(self.named_layers())
+        for name, p in self.config.params():
+            prefix = next((k for k in layers if name.startswith(k)), "")
+            pieces = p.cut.pieces(name[len(prefix) :], self.parallel.tp.world)
+            yield name, p, {piece: prefix + piece for piece in pieces}
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Draw every parameter from generators seeded by its name."""
+        for name, p in self.config.params():
+            if (
+                not name.startswith(("blocks.", "shared."))
+                or name.endswith(".norm.weight")
+                and name.count(".") == 3
+            ):
+                self.get_parameter(name).copy_(p.init(p.shape, seeded(seed, name)))
+        for prefix, layer in self.named_layers():
+            layer.init_weights(seed, prefix, len(self.blocks))
+
+    def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
+        """Continue (b, l) to (b, l + new); options as in inference.generate."""
+        from hybridzoo.inference.generate import generate
+
+        return generate(self, input_ids, **options)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> Self:
+        """Load a zoo name, a native directory or a family's published directory; options as in zoo.load."""
+        from hybridzoo.zoo import load
+
+        return load(source, **options)
+
+    def save_pretrained(self, directory: str | Path, **options: Any) -> None:
+        """Write config.json and safetensors; options as in checkpoint.save."""
+        from hybridzoo.checkpoint import save
+
+        save(self, directory, **options)
+
+
+def _scaled(x: Tensor, multiplier: float) -> Tensor:
+    return x if multiplier == 1.0 else x * multiplier

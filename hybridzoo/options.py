@@ -1,0 +1,149 @@
+"""A mapping becomes a frozen dataclass, or one sentence that names the key, the value and the way out."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from hybridzoo.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def read_options(cls: type[T], where: str, options: Any, *, of: str) -> T:
+    """Build the dataclass `cls` from a mapping.
+
+    Args:
+        cls: a dataclass; its fields are the legal keys, its annotations the legal types.
+        where: path of the mapping in the user's file, such as layers.M.
+        options: what the file holds there.
+        of: what the mapping describes, such as mamba2.
+
+    Raises:
+        ConfigError: not a mapping, an unknown or missing key, or a value of the wrong type or range.
+    """
+    dot = f"{where}." if where else ""
+    if not isinstance(options, Mapping):
+        raise ConfigError(
+            f"{where or of}: expected keys of {of} ({options!r}); write a mapping of key: value."
+        )
+    legal = {f.name: f for f in fields(cls) if f.init}  # type: ignore[arg-type]
+    for key in options:
+        if key not in legal:
+            raise ConfigError(
+                f"{dot}{key} is not a key of {of}; {suggest(str(key), legal)}its keys: {', '.join(legal)}."
+            )
+    hints = get_type_hints(cls)
+    made = {}
+    for name, f in legal.items():
+        if name in options:
+            made[name] = checked(
+                f"{dot}{name}", options[name], hints[name], minimum=f.metadata.get("min", 1)
+            )
+        elif f.default is MISSING and f.default_factory is MISSING:
+            raise ConfigError(
+                f"{dot}{name} is missing; {of} needs it. Add '{name}: ...' ({_describe(hints[name])})."
+            )
+    return cls(**made)
+
+
+def check_fields(where: str, instance: Any) -> None:
+    """Raise ConfigError where a field of the dataclass `instance` has the wrong type or range."""
+    hints = get_type_hints(type(instance))
+    for f in fields(instance):
+        checked(
+            f"{where}.{f.name}",
+            getattr(instance, f.name),
+            hints[f.name],
+            minimum=f.metadata.get("min", 1),
+        )
+
+
+def suggest(word: str, known: typing.Iterable[str]) -> str:
+    """'did you mean ...? ' when a known word is near, else nothing."""
+    near = difflib.get_close_matches(word, list(known), 1, 0.5)
+    return f"did you mean {near[0]}? " if near else ""
+
+
+def checked(where: str, value: Any, hint: Any, *, minimum: float = 1) -> Any:
+    """`value` as the type `hint` wants it (lists become tuples), or ConfigError.
+
+    Whole numbers are counts and widths: at least `minimum`, which a field's metadata {"min": 0} lowers.
+    """
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        inner = [a for a in args if a is not type(None)]
+        if len(inner) == 1:
+            return checked(where, value, inner[0], minimum=minimum)
+        if any(_is_of(value, a) for a in inner):
+            return value
+    elif origin is Literal:
+        if value in args and not isinstance(value, bool):
+            return value
+        legal = ", ".join(map(str, args))
+        raise ConfigError(
+            f"{where}: unknown choice ({value!r}); {suggest(str(value), map(str, args))}use one of: {legal}."
+        )
+    elif origin is tuple:
+        if isinstance(value, (list, tuple)) and (args[-1] is Ellipsis or len(args) == len(value)):
+            each = [args[0]] * len(value) if args[-1] is Ellipsis else args
+            return tuple(
+                checked(where, v, a, minimum=minimum) for v, a in zip(value, each, strict=True)
+            )
+    elif origin in (dict, Mapping) or hint in (dict, Any):
+        if hint is Any or isinstance(value, Mapping):
+            return value
+    elif _is_of(value, hint):
+        if hint is int and value < minimum:
+            raise ConfigError(
+                f"{where}: too small ({value}); it must be at least {minimum}. Use a larger number."
+            )
+        if hint is float:
+            if math.isnan(value):
+                raise ConfigError(
+                    f"{where}: not a number ({value}); it must be one. Write a number."
+                )
+            return float(value)
+        return value
+    raise ConfigError(
+        f"{where}: wrong type ({value!r}); expected {_describe(hint)}. Change the value."
+    )
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    names = {
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        bool: "true or false",
+        dict: "a mapping",
+    }
+    if hint in names:
+        return names[hint]
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join("null" if a is type(None) else _describe(a) for a in args)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, args))
+    if origin is tuple:
+        return (
+            f"a list of {_describe(args[0])}"
+            if args[-1] is Ellipsis
+            else f"a list of {len(args)} values"
+        )
+    return "a mapping" if origin in (dict, Mapping) else str(hint)
