@@ -6,41 +6,31 @@ atom    := LETTER | '(' segment ')' | '[' LETTER LETTER+ ']'              spaces
 
 from __future__ import annotations
 
+import re
 import string
 import unicodedata
-from collections.abc import Mapping, Sequence, Sized
-from dataclasses import dataclass
-from itertools import groupby, pairwise
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 
 from hybridzoo.errors import ConfigError
 
 MAX_PLACES = 100_000
-MEGATRON_LEGEND: Mapping[str, str] = {
-    "M": "M",
-    "*": "A",
-    "-": "F",
-    "E": "E",
-    "G": "G",
-    "D": "D",
-    "+": "L",
-}
+MEGATRON_LEGEND: Mapping[str, str] = dict(zip("M*-EGD+", "MAFEGDL", strict=True))
 
-_SPACES = frozenset(" \t\n\r\f\v")
+_BLANKS = frozenset(string.whitespace)
 _LETTERS = frozenset(string.ascii_letters)
-_DIGITS = frozenset(string.digits)
+_SYMBOLS = frozenset(string.printable) - _BLANKS - {"|", "/"}
+_COUNT = r"(?:(?P<count>[0-9]+)\s*)?"
+_TERM = re.compile(_COUNT + r"(?P<atom>[A-Za-z(]|\[[A-Za-z\s]*\])", re.ASCII)
+_BROKEN_TERM = re.compile(_COUNT + r"(?P<bracket>\[[A-Za-z\s]*)?", re.ASCII)
 _WINDOW = 60
-# the search for the shortest spelling is quadratic or worse, and no stack in use is this deep
+# the search for the shortest spelling is more than quadratic, and no stack in use is this deep
 _SEARCH_LIMIT = 512
-
-_STAGE_RULE = "a pipeline stage holds at least one place"
-_MEGATRON_STAGE_RULE = (
-    "Megatron allows a stage without layers, but here a cut is the index of a stage's first place. "
-    "Drop this '|'"
-)
 _HINTS = {
     **dict.fromkeys("*-+/", "Megatron's strings are read by Pattern.from_megatron"),
-    **dict.fromkeys(",;:._", "places need no separator, and spaces are free"),
-    **dict.fromkeys("{}<>", "a group is written ( )"),
+    **dict.fromkeys(",;:._{}<>", "spaces are free, places need no comma, a group is written ( )"),
 }
 
 
@@ -53,7 +43,7 @@ class Pattern:
 
     Attributes:
         text: the pattern as written, in the grammar that `parse` reads.
-        places: one entry a residual sublayer; its letters are the branches, one unless written [..].
+        places: one entry a residual sublayer: its letters, one a branch, so one unless in [..].
         cuts: indices into places where a new pipeline stage starts; increasing, never 0.
     """
 
@@ -66,13 +56,11 @@ class Pattern:
         """Read a pattern.
 
         Raises:
-            ConfigError: the text is not a pattern, or has over 100,000 places; the message points at
-                the column, counted from 1 over the whole text, with line breaks shown as spaces.
+            ConfigError: the text is not a pattern, or has over 100,000 places. The message points
+                at the column, counted from 1 over the whole text; line breaks are shown as spaces.
         """
         _check_is_text(text)
-        reader = _Reader(text)
-        reader.read()
-        return cls(text, tuple(reader.places), tuple(reader.cuts))
+        return cls(text, *_Reader(text, text).read())
 
     @classmethod
     def from_megatron(cls, text: str, legend: Mapping[str, str] | None = None) -> Pattern:
@@ -86,25 +74,21 @@ class Pattern:
             legend: Megatron symbol -> letter, complete: it replaces MEGATRON_LEGEND.
 
         Raises:
-            ConfigError: a symbol is not in the legend, a segment is empty, a `/` starts a
-                multi-token-prediction block, or the legend itself cannot work.
+            ConfigError: a symbol is not in the legend, a segment is empty, or there is a `/`.
         """
         _check_is_text(text)
         legend = _checked_legend(legend)
-        places: list[tuple[str, ...]] = []
-        cuts: list[int] = []
         for at, char in enumerate(text):
-            if char in _SPACES:
-                continue
-            if char == "|":
-                _cut(text, at, places, cuts, _MEGATRON_STAGE_RULE)
-            elif char in legend:
-                _check_room(text, at, len(places) + 1)
-                places.append((legend[char],))
-            else:
-                raise _megatron_symbol_error(text, at, legend)
-        _check_end(text, places, cuts, _MEGATRON_STAGE_RULE)
-        return cls(_compact(places, cuts), tuple(places), tuple(cuts))
+            if char == "/":
+                rule = "multi-token prediction is no part of the stack. Pass what stands before it"
+                raise _error(text, at, "'/' and what follows it", rule)
+            if char not in legend and char not in _BLANKS and char != "|":
+                rule = f"the legend has {' '.join(legend)}. Counts and ( ) [ ] are Pattern.parse's"
+                raise _error(text, at, f"unknown Megatron symbol {_named(char)}", rule)
+        # one symbol is one letter, so columns in the translation are columns in the text
+        letters = "".join(legend.get(char, char) for char in text)
+        pattern = cls(letters, *_Reader(letters, text).read())
+        return replace(pattern, text=pattern.compact())
 
     @property
     def letters(self) -> tuple[str, ...]:
@@ -121,269 +105,184 @@ class Pattern:
         return len(self.places)
 
     def segments(self) -> tuple[tuple[tuple[str, ...], ...], ...]:
-        """Split the places at the cuts."""
+        """Split the places at the cuts: one entry a pipeline stage."""
         return tuple(self.places[a:b] for a, b in pairwise((0, *self.cuts, len(self.places))))
 
     def compact(self) -> str:
         """Spell the same places and cuts in the fewest characters, blanks round `|` aside.
 
-        Equal stacks have equal spellings. In a segment over 512 places the repeat of the whole is
-        found, and inside its unit, if that is still longer, only runs of one place.
+        Equal stacks have equal spellings. A repeated unit over 512 places is spelled in full.
 
-        >>> Pattern.parse("MF MF MF AF | MM").compact()
-        '3(MF)AF | 2M'
+        >>> Pattern.parse("MF MF MF AF | MMM").compact()
+        '3(MF)AF | 3M'
         """
-        return _compact(self.places, self.cuts)
+        # one character a distinct place, so that the search runs on str's own find and startswith
+        codes = {place: chr(i) for i, place in enumerate(dict.fromkeys(self.places))}
+        names = {c: p[0] if len(p) == 1 else f"[{''.join(p)}]" for p, c in codes.items()}
+        coded = ("".join(codes[place] for place in segment) for segment in self.segments())
+        return " | ".join(_spell(segment, names, {}) for segment in coded)
 
     def to_megatron(self, legend: Mapping[str, str] | None = None) -> str:
-        """Write the pattern as Megatron-LM reads it; the inverse of `from_megatron`.
+        """Write the pattern as Megatron-LM reads it, such that `from_megatron` reads it back.
 
         >>> Pattern.parse("2(MF) AE | M").to_megatron()
         'M-M-*E|M'
 
         Args:
-            legend: Megatron symbol -> letter, complete: it replaces MEGATRON_LEGEND.
+            legend: as in `from_megatron`; of several symbols for a letter the first is written.
 
         Raises:
-            ConfigError: a place has parallel branches, or a letter has no symbol, or has several.
+            ConfigError: a place has parallel branches, or a letter has no symbol.
         """
-        symbols: dict[str, list[str]] = {}
-        for symbol, letter in _checked_legend(legend).items():
-            symbols.setdefault(letter, []).append(symbol)
+        symbols = {letter: s for s, letter in reversed([*_checked_legend(legend).items()])}
         if any(len(place) > 1 for place in self.places):
             what = "parallel branches have no Megatron spelling"
-            raise _error(self.text, self.text.index("["), what, "write them one after another")
+            raise _error(self.text, self.text.index("["), what, "one symbol is one sublayer there")
         for letter in self.letters:
-            if len(found := symbols.get(letter, [])) != 1:
-                what = f"{letter!r} has {' and '.join(map(repr, found)) or 'no Megatron symbol'}"
-                rule = "pass a legend, symbol to letter, that gives each letter one symbol"
-                raise _error(self.text, self.text.index(letter), what, rule)
-        return "|".join("".join(symbols[c][0] for (c,) in part) for part in self.segments())
+            if letter not in symbols:
+                rule = f"the legend has symbols for {' '.join(reversed(symbols))}. Pass one with it"
+                raise _error(self.text, self.text.index(letter), f"unmapped {letter!r}", rule)
+        return "|".join("".join(symbols[c] for (c,) in segment) for segment in self.segments())
 
 
 class _Reader:
     """One pass over the text with a stack of open groups, so that no nesting is too deep.
 
-    All groups share one list of places: closing a group repeats the list's tail in place, which
-    keeps the work linear in the text plus the places.
+    All groups share one list of places, and closing a group repeats the list's tail in place: the
+    work is linear in the text plus the places. Errors show `shown`, whose columns are the text's.
     """
 
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.at = 0
+    def __init__(self, text: str, shown: str) -> None:
+        self.text, self.error = text, partial(_error, shown)
         self.places: list[tuple[str, ...]] = []
         self.cuts: list[int] = []
-        self.groups: list[tuple[int, int, int, int]] = []  # (term column, '(' column, count, start)
+        # column of the term, column of its '(', count, first place
+        self.groups: list[tuple[int, int, int, int]] = []
 
-    def read(self) -> None:
-        while char := self.peek():
-            if char == "|":
-                self.cut()
-            elif char == ")":
-                self.close_group()
-            else:
-                self.term()
+    def read(self) -> tuple[tuple[tuple[str, ...], ...], tuple[int, ...]]:
+        at = 0
+        while at < len(self.text):
+            term = _TERM.match(self.text, at)
+            if term:
+                self.term(term)
+            elif self.text[at] == "|":
+                self.cut(at)
+            elif self.text[at] == ")":
+                self.close_group(at)
+            elif self.text[at] not in _BLANKS:
+                raise self.mistake(at)
+            at = term.end() if term else at + 1
         if self.groups:
-            raise _error(self.text, self.groups[-1][1], "'(' is never closed")
-        _check_end(self.text, self.places, self.cuts, _STAGE_RULE)
+            raise self.error(self.groups[-1][1], "'(' is never closed")
+        if not self.places:
+            raise self.error(0, "empty", "write one letter or more")
+        self.check_segment(self.text.rfind("|"), "after")
+        return tuple(self.places), tuple(self.cuts)
 
-    def peek(self) -> str:
-        """Skip spaces; the next character, or "" at the end."""
-        while self.at < len(self.text) and self.text[self.at] in _SPACES:
-            self.at += 1
-        return self.text[self.at : self.at + 1]
-
-    def term(self) -> None:
-        column = self.at
-        count = self.count()
-        char, at = self.peek(), self.at
-        self.at += 1
-        if char in _LETTERS:
-            self.repeat(column, count, (char,))
-        elif char == "(":
-            self.groups.append((column, at, count, len(self.places)))
-        elif char == "[":
-            self.repeat(column, count, self.branches(at))
-        elif column != at and (char in "|)]" or char in _DIGITS):
-            rule = "a count stands before a letter, '(' or '['"
-            raise _error(self.text, column, f"count {count} has nothing to repeat", rule)
-        elif char == "]":
-            raise _error(self.text, at, "']' closes no '['")
-        else:
-            raise _unknown(self.text, at)
-
-    def count(self) -> int:
-        start = self.at
-        while self.text[self.at : self.at + 1] in _DIGITS:
-            self.at += 1
-        if start == self.at:
-            return 1
-        digits = self.text[start : self.at].lstrip("0")
-        if not digits:
-            raise _error(self.text, start, "count 0", "a count is at least 1")
-        # python refuses to convert very long digit strings, so the length is checked first
-        _check_room(self.text, start, MAX_PLACES + 1 if len(digits) > 6 else int(digits))
-        return int(digits)
-
-    def branches(self, opened: int) -> tuple[str, ...]:
-        letters: list[str] = []
-        while (char := self.peek()) in _LETTERS:
-            if char in letters:
-                raise _error(self.text, self.at, f"{char!r} is twice in one [..]")
-            letters.append(char)
-            self.at += 1
-        if not char:
-            raise _error(self.text, opened, "'[' is never closed")
-        if char in _DIGITS or char in "([|)":
-            rule = "it holds letters only, and a count goes before it"
-            raise _error(self.text, self.at, f"{char!r} inside [..]", rule)
-        if char != "]":
-            raise _unknown(self.text, self.at)
-        if len(letters) < 2:
-            rule = "one letter alone needs no brackets"
-            raise _error(self.text, opened, "[..] needs two letters or more", rule)
-        self.at += 1
-        return tuple(letters)
-
-    def repeat(self, column: int, count: int, place: tuple[str, ...]) -> None:
-        _check_room(self.text, column, len(self.places) + count)
+    def term(self, term: re.Match[str]) -> None:
+        at = term.start()
+        # seven digits are already refused, and python does not convert thousands of them
+        count = int((term["count"] or "1").lstrip("0")[:7] or "0")
+        if not count:
+            raise self.error(at, "count 0", "a count is at least 1")
+        if term["atom"] == "(":
+            self.groups.append((at, term.start("atom"), count, len(self.places)))
+            return
+        place = tuple(char for char in term["atom"] if char in _LETTERS)
+        if term["atom"][0] == "[" and len(place) < 2:
+            raise self.error(term.start("atom"), "[..] needs two letters or more")
+        for i, char in enumerate(term["atom"]):
+            if char in _LETTERS and char in term["atom"][:i]:
+                raise self.error(term.start("atom") + i, f"{char!r} is twice in one [..]")
+        self.check_room(at, len(self.places) + count)
         self.places.extend([place] * count)
 
-    def close_group(self) -> None:
+    def close_group(self, at: int) -> None:
         if not self.groups:
-            raise _error(self.text, self.at, "')' closes no '('")
+            raise self.error(at, "')' closes no '('")
         column, opened, count, start = self.groups.pop()
-        size = len(self.places) - start
-        if not size:
-            raise _error(self.text, opened, "empty group", "'(' and ')' hold one term or more")
-        _check_room(self.text, column, start + size * count)
-        self.places.extend(self.places[start:] * (count - 1))
-        self.at += 1
+        if not (size := len(self.places) - start):
+            raise self.error(opened, "empty group", "'(' and ')' hold one term or more")
+        self.check_room(column, start + size * count)
+        if count > 1:
+            self.places.extend(self.places[start:] * (count - 1))
 
-    def cut(self) -> None:
+    def cut(self, at: int) -> None:
         if self.groups:
-            what = "'|' cuts pipeline stages and is allowed at top level only"
-            raise _error(self.text, self.at, what)
-        _cut(self.text, self.at, self.places, self.cuts, _STAGE_RULE)
-        self.at += 1
+            raise self.error(at, "'|' cuts pipeline stages and is allowed at top level only")
+        self.check_segment(at, "before")
+        self.cuts.append(len(self.places))
+
+    def mistake(self, at: int) -> ConfigError:
+        parts = _BROKEN_TERM.match(self.text, at)
+        assert parts, "every part of the expression is optional"
+        bad, char = parts.end(), self.text[parts.end() : parts.end() + 1]
+        if parts["bracket"]:
+            if not char:
+                return self.error(parts.start("bracket"), "'[' is never closed")
+            rule = _HINTS.get(char, "it holds letters only; a count goes before it")
+            return self.error(bad, f"{_named(char)} inside [..]", rule)
+        if parts["count"] and (not char or char in "|)]0123456789"):
+            rule = "a count stands before a letter, '(' or '['"
+            return self.error(at, "a count has nothing to repeat", rule)
+        if char == "]":
+            return self.error(bad, "']' closes no '['")
+        rule = _HINTS.get(char, "a place is one letter A-Z a-z")
+        return self.error(bad, f"unknown character {_named(char)}", rule)
+
+    def check_room(self, at: int, n_places: int) -> None:
+        if n_places > MAX_PLACES:
+            raise self.error(at, f"more than {MAX_PLACES:,} places", "no stack is that deep")
+
+    def check_segment(self, at: int, side: str) -> None:
+        if len(self.places) == (self.cuts[-1] if self.cuts else 0):
+            rule = "a stage here holds a place or more, though Megatron allows none. Drop this '|'"
+            raise self.error(at, f"empty segment {side} '|'", rule)
 
 
-def _compact(places: Sequence[tuple[str, ...]], cuts: Sequence[int]) -> str:
-    # one character a distinct place, so that the search runs on str's own find and startswith
-    codes = {place: chr(i) for i, place in enumerate(dict.fromkeys(places))}
-    names = {c: p[0] if len(p) == 1 else f"[{''.join(p)}]" for p, c in codes.items()}
-    coded = "".join(codes[place] for place in places)
-    bounds = pairwise((0, *cuts, len(coded)))
-    return " | ".join(_spell(coded[start:stop], names) for start, stop in bounds)
-
-
-def _spell(segment: str, names: Mapping[str, str]) -> str:
-    if len(segment) <= _SEARCH_LIMIT:
-        return _shortest(segment, names, {})
-    unit = segment[: _period(segment)]
-    if len(unit) <= _SEARCH_LIMIT:
-        return _counted(len(segment) // len(unit), unit, _shortest(unit, names, {}))
-    runs = [(char, len(list(run))) for char, run in groupby(unit)]
-    text = "".join(_counted(n, char, names[char]) if n > 1 else names[char] for char, n in runs)
-    return _counted(len(segment) // len(unit), unit, text) if unit != segment else text
-
-
-def _period(unit: str) -> int:
-    """Length of the shortest word of which `unit` is a power."""
-    return (unit + unit).find(unit, 1)
-
-
-def _counted(count: int, unit: str, text: str) -> str:
-    return f"{count}{text}" if len(unit) == 1 else f"{count}({text})"
-
-
-def _shortest(segment: str, names: Mapping[str, str], known: dict[str, str]) -> str:
-    """Dynamic programme over prefixes: a prefix ends in a place or in a repeated unit.
-
-    A unit that is itself a power is left out, because one larger count is never longer. Between
-    spellings of one length the one with fewer terms wins, then the first found.
-    """
-    if segment in known:
-        return known[segment]
-    size = len(segment)
-    best = [(0, 0, "")] + [(size * max(map(len, names.values())) + 1, 0, "")] * size
-
-    def offer(start: int, stop: int, term: str) -> None:
-        _, n_terms, text = best[start]
-        spelling = (len(text) + len(term), n_terms + 1, text + term)
-        if spelling[:2] < best[stop][:2]:
-            best[stop] = spelling
-
-    for start in range(size):
-        offer(start, start + 1, names[segment[start]])
-        for length in range(1, (size - start) // 2 + 1):
-            unit = segment[start : start + length]
-            stop = start + 2 * length
-            if not segment.startswith(unit, start + length) or _period(unit) < length:
+def _spell(word: str, names: Mapping[str, str], known: dict[str, str]) -> str:
+    # dynamic programme over prefixes: each ends in a place or in a repeated unit
+    if word in known:
+        return known[word]
+    # a word recurs in its double first after the shortest word of which it is a power
+    if (period := (word + word).find(word, 1)) < len(word):
+        return _repeated(len(word) // period, period, _spell(word[:period], names, known))
+    if len(word) > _SEARCH_LIMIT:
+        return "".join(names[char] for char in word)
+    best = [""]
+    for stop in range(1, len(word) + 1):
+        spellings = [best[stop - 1] + names[word[stop - 1]]]
+        for length in range(1, stop // 2 + 1):
+            start, unit = stop - length, word[stop - length : stop]
+            # a unit that is a power is left to its root: one larger count is never longer
+            if not word.endswith(unit, 0, start) or (unit + unit).find(unit, 1) < length:
                 continue
-            text = _shortest(unit, names, known)
-            while True:
-                offer(start, stop, _counted((stop - start) // length, unit, text))
-                if not segment.startswith(unit, stop):
-                    break
-                stop += length
-    known[segment] = best[size][2]
-    return known[segment]
+            text = _spell(unit, names, known)
+            while word.endswith(unit, 0, start):
+                start -= length
+                spellings.append(best[start] + _repeated((stop - start) // length, length, text))
+        best.append(min(spellings, key=len))
+    known[word] = best[-1]
+    return best[-1]
+
+
+def _repeated(count: int, length: int, text: str) -> str:
+    return min(text * count, f"{count}{text}" if length == 1 else f"{count}({text})", key=len)
 
 
 def _check_is_text(text: object) -> None:
     if not isinstance(text, str):
-        raise ConfigError(
-            f"pattern: must be text, not {type(text).__name__}; "
-            "YAML reads 48 as a number and [MA] as a list. Put the pattern in quotes."
-        )
-
-
-def _check_room(text: str, at: int, n_places: int) -> None:
-    if n_places > MAX_PLACES:
-        raise _error(text, at, f"more than {MAX_PLACES:,} places", "lower a count")
-
-
-def _cut(text: str, at: int, places: Sized, cuts: list[int], rule: str) -> None:
-    if len(places) == (cuts[-1] if cuts else 0):
-        raise _error(text, at, "empty segment before '|'", rule)
-    cuts.append(len(places))
-
-
-def _check_end(text: str, places: Sized, cuts: list[int], rule: str) -> None:
-    if not places:
-        raise _error(text, 0, "empty", "write one letter or more")
-    if cuts and cuts[-1] == len(places):
-        raise _error(text, text.rindex("|"), "empty segment after '|'", rule)
+        rule = "YAML reads 48 as a number and [MA] as a list. Put the pattern in quotes."
+        raise ConfigError(f"pattern: must be text, not {type(text).__name__}; {rule}")
 
 
 def _checked_legend(legend: Mapping[str, str] | None) -> Mapping[str, str]:
-    if legend is None:
-        return MEGATRON_LEGEND
+    legend = MEGATRON_LEGEND if legend is None else legend
     for symbol, letter in legend.items():
-        if not isinstance(symbol, str) or len(symbol) != 1 or symbol in "|/" or symbol in _SPACES:
-            rule = "a symbol is one character, and not '|', '/' or a blank"
-        elif letter not in _LETTERS:
-            rule = "a letter is one of A-Z a-z"
-        else:
-            continue
-        raise ConfigError(f"pattern: Megatron legend maps {symbol!r} to {letter!r}; {rule}.")
+        if symbol not in _SYMBOLS or letter not in _LETTERS:
+            rule = "a symbol is one ASCII character but '|' and '/', a letter one of A-Z a-z"
+            raise ConfigError(f"pattern: Megatron legend maps {symbol!r} to {letter!r}; {rule}.")
     return legend
-
-
-def _megatron_symbol_error(text: str, at: int, legend: Mapping[str, str]) -> ConfigError:
-    if text[at] == "/":
-        rule = (
-            "it starts a multi-token-prediction block, no part of the stack. Pass what precedes it"
-        )
-        return _error(text, at, "'/'", rule)
-    rule = f"the legend has {' '.join(legend)}. Counts, ( ) and [ ] are read by Pattern.parse"
-    return _error(text, at, f"unknown Megatron symbol {_named(text[at])}", rule)
-
-
-def _unknown(text: str, at: int) -> ConfigError:
-    rule = _HINTS.get(text[at], "a place is one letter A-Z a-z")
-    return _error(text, at, f"unknown character {_named(text[at])}", rule)
 
 
 def _named(char: str) -> str:
@@ -394,11 +293,8 @@ def _named(char: str) -> str:
 def _error(text: str, at: int, what: str, rule: str = "") -> ConfigError:
     """Point at text[at], inside a window of the text when it is long."""
     start = max(0, min(at - _WINDOW // 2, len(text) - _WINDOW))
-    stop = start + _WINDOW
-    window = "".join(
-        " " if c in _SPACES else c if c.isprintable() else "?" for c in text[start:stop]
-    )
-    before, after = "..." if start else "", "..." if stop < len(text) else ""
+    before, after = "..." * (start > 0), "..." * (start + _WINDOW < len(text))
+    line = "".join(c if c.isprintable() else " " for c in text[start : start + _WINDOW])
+    indent = " " * (len(before) + at - start)
     sentence = f"pattern: {what} at column {at + 1}" + (f"; {rule}." if rule else "")
-    caret = " " * (len(before) + at - start) + "^"
-    return ConfigError(f"{sentence}\n  {before}{window}{after}\n  {caret}")
+    return ConfigError(f"{sentence}\n  {before}{line}{after}\n  {indent}^")
