@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -11,12 +9,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-import yaml
 
 from hybridzoo.errors import ConfigError
 from hybridzoo.layers import LayerConfig, Param, kind_config
 from hybridzoo.layers.init import constant, normal
-from hybridzoo.options import check_fields, read_options
+from hybridzoo.options import check_fields, read_file, read_options
 from hybridzoo.pattern import Pattern
 
 MAX_PARAMS = 10**14
@@ -103,31 +100,7 @@ class HybridConfig:
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read a YAML or JSON file; ConfigError says which file, key and value is wrong."""
-        path = Path(path)
-        if not path.is_file():
-            raise ConfigError(
-                f"{path}: no such file; a config is a .yaml or .json file. Check the path, or `hybridzoo list`."
-            )
-        try:
-            text = path.read_text(encoding="utf-8")
-            options = json.loads(text) if path.suffix == ".json" else yaml.load(text, _Loader)  # noqa: S506
-        except UnicodeDecodeError as error:
-            raise ConfigError(
-                f"{path}: not UTF-8 text (byte {error.start}); a config is text. Save it as UTF-8."
-            ) from None
-        except json.JSONDecodeError as error:
-            raise ConfigError(
-                f"{path}: not JSON at line {error.lineno} ({error.msg}). Mend that line."
-            ) from None
-        except yaml.MarkedYAMLError as error:
-            line = error.problem_mark.line + 1 if error.problem_mark else 1
-            raise ConfigError(
-                f"{path}: not YAML at line {line} ({error.problem}). Mend that line."
-            ) from None
-        except yaml.YAMLError as error:
-            raise ConfigError(
-                f"{path}: not YAML ({str(error).splitlines()[0]}). Save it as plain text."
-            ) from None
+        options = read_file(path)
         try:
             return cls.from_dict(options)
         except ConfigError as error:
@@ -320,25 +293,3 @@ def _numel(shape: tuple[int, ...]) -> int:
     for size in shape:
         n *= size
     return n
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-5 as a number and refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = key_node.value
-            if key in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {key} is given twice", problem_mark=key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)

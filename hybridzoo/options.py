@@ -1,14 +1,19 @@
-"""A mapping becomes a frozen dataclass, or one sentence that names the key, the value and the way out."""
+"""A file becomes a mapping and a mapping a frozen dataclass, or one sentence says what is wrong and the way out."""
 
 from __future__ import annotations
 
 import difflib
+import json
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
 
 from hybridzoo.errors import ConfigError
 
@@ -50,6 +55,36 @@ def read_options(cls: type[T], where: str, options: Any, *, of: str) -> T:
                 f"{dot}{name} is missing; {of} needs it. Add '{name}: ...' ({_describe(hints[name])})."
             )
     return cls(**made)
+
+
+def read_file(path: str | Path) -> Any:
+    """The plain values of a YAML or JSON file; ConfigError says which line is wrong."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(
+            f"{path}: no such file; a config is a .yaml or .json file. Check the path, or `hybridzoo list`."
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+        options = json.loads(text) if path.suffix == ".json" else yaml.load(text, _Loader)  # noqa: S506
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: not UTF-8 text (byte {error.start}); a config is text. Save it as UTF-8."
+        ) from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{path}: not JSON at line {error.lineno} ({error.msg}). Mend that line."
+        ) from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(
+            f"{path}: not YAML at line {line} ({error.problem}). Mend that line."
+        ) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"{path}: not YAML ({str(error).splitlines()[0]}). Save it as plain text."
+        ) from None
+    return options
 
 
 def check_fields(where: str, instance: Any) -> None:
@@ -147,3 +182,25 @@ def _describe(hint: Any) -> str:
             else f"a list of {len(args)} values"
         )
     return "a mapping" if origin in (dict, Mapping) else str(hint)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 1e-5 as a number and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if key in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key} is given twice", problem_mark=key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)

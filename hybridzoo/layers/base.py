@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridzoo.comm import SINGLE, Parallel
-from hybridzoo.errors import ConfigError
 from hybridzoo.layers.init import Init, seeded
+from hybridzoo.layers.state import Sequence, State, StateTensor
 from hybridzoo.options import check_fields, read_options
-from hybridzoo.sharding import Cut, Part, Replicate, Split, check_tp
+from hybridzoo.sharding import Cut, Replicate, Split, check_tp
 
 
 @dataclass(frozen=True)
@@ -43,162 +43,6 @@ class Param:
     residual: bool = False
     active: tuple[int, int] = (1, 1)
     trained: bool = True
-
-
-@dataclass(frozen=True)
-class StateTensor:
-    """One tensor of a layer's state.
-
-    Attributes:
-        shape: full shape; dimension 0 counts sequences.
-        dtype: None is the model's dtype; float32 becomes float64 in a float64 model.
-        parts: how dimension `dim` is cut over tensor-parallel ranks; none: every rank holds it whole.
-        dim: the dimension that parts cut.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype | None = None
-    parts: tuple[Part, ...] = ()
-    dim: int = -1
-
-    def local_shape(self, world: int) -> tuple[int, ...]:
-        """The shape on one of `world` ranks."""
-        shape = list(self.shape)
-        if self.parts:
-            shape[self.dim] = sum(p.range(world, 0)[1] for p in self.parts)
-        return tuple(shape)
-
-
-@dataclass(frozen=True)
-class Sequence:
-    """What a layer must know of the tokens in one forward; built once by the model.
-
-    Attributes:
-        cu_seqlens: (s + 1,) int32 starts of packed sequences and the end; then b == 1 and states have one row a sequence.
-        max_seqlen: longest packed sequence, the caller's int, so that no host sync is needed.
-        seq_idx: (l,) int64 the packed sequence of each token.
-        positions: (b, l) int32 index of each token among its sequence's tokens in this call, -1 at padding;
-            None when it is 0..l-1 in every row. A state's own position is added by the layer.
-        pad_mask: (b, l) bool, True at real tokens; padding is on the left. None: no padding.
-        slots: (b,) int64 row of the state pool for each sequence; negative rows are computed and dropped.
-        embed0: (b, l, d) token embeddings, for kinds that read them again.
-        aux: losses that layers add (MoE balance); None when nobody collects them.
-    """
-
-    cu_seqlens: Tensor | None = None
-    max_seqlen: int | None = None
-    seq_idx: Tensor | None = None
-    positions: Tensor | None = None
-    pad_mask: Tensor | None = None
-    slots: Tensor | None = None
-    embed0: Tensor | None = None
-    aux: list[Tensor] | None = None
-
-    @classmethod
-    def build(
-        cls,
-        length: int,
-        *,
-        attention_mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        max_seqlen: int | None = None,
-        **rest: Any,
-    ) -> Self:
-        """Derive positions from a left-padding mask (b, l) or from cu_seqlens (s + 1,); raise ConfigError on both."""
-        if cu_seqlens is not None:
-            if attention_mask is not None or max_seqlen is None:
-                raise ConfigError(
-                    f"cu_seqlens: packed sequences need max_seqlen ({max_seqlen}) and take no attention_mask; "
-                    "padding does not exist in a pack. Pass cu_seqlens and max_seqlen alone."
-                )
-            token = torch.arange(length, device=cu_seqlens.device)
-            # right=True: a token at a boundary belongs to the sequence that starts there; empty ones are passed over.
-            seq_idx = torch.bucketize(token, cu_seqlens[1:], right=True)
-            positions = (token - cu_seqlens[seq_idx]).to(torch.int32)[None]
-            return cls(
-                cu_seqlens=cu_seqlens,
-                max_seqlen=max_seqlen,
-                seq_idx=seq_idx,
-                positions=positions,
-                **rest,
-            )
-        if attention_mask is None:
-            return cls(**rest)
-        mask = attention_mask.bool()
-        positions = (mask.cumsum(1, dtype=torch.int32) - 1).masked_fill(~mask, -1)
-        return cls(positions=positions, pad_mask=mask, **rest)
-
-    def local_positions(self, x: Tensor) -> Tensor:
-        """`positions`, made explicit: (b, l) int32 for x (b, l, ...)."""
-        if self.positions is not None:
-            return self.positions
-        row = torch.arange(x.shape[1], device=x.device, dtype=torch.int32)
-        return row.expand(x.shape[0], -1)
-
-    def count(self, x: Tensor) -> Tensor:
-        """Tokens that this call adds to each state row: (b,) or (s,) int32."""
-        if self.cu_seqlens is not None:
-            return self.cu_seqlens.diff().to(torch.int32)
-        if self.pad_mask is not None:
-            return self.pad_mask.sum(1, dtype=torch.int32)
-        return torch.full((x.shape[0],), x.shape[1], dtype=torch.int32, device=x.device)
-
-    def blank_padding(self, x: Tensor) -> Tensor:
-        """x (b, l, ...) with zeros at padding, so that no padding enters a state or a neighbour."""
-        return x if self.pad_mask is None else x.masked_fill(~self.pad_mask[:, :, None], 0)
-
-    def unpack(self, x: Tensor, fill: float = 0) -> Tensor:
-        """Packed x (1, l, ...) as one padded row a sequence (s, max_seqlen, ...)."""
-        rows = (len(self._starts()) - 1, self.max_seqlen, *x.shape[2:])
-        return x.new_full(rows, fill).index_put((self.seq_idx, self.positions[0].long()), x[0])
-
-    def repack(self, x: Tensor) -> Tensor:
-        """Inverse of unpack: (s, max_seqlen, ...) to (1, l, ...)."""
-        return x[self.seq_idx, self.positions[0].long()][None]
-
-    def _starts(self) -> Tensor:
-        assert self.cu_seqlens is not None
-        return self.cu_seqlens
-
-
-class State:
-    """Named tensors of one layer, one row a sequence, of fixed shapes.
-
-    `set` rebinds while gradients are recorded and copies in place otherwise, so that a one-token step can be captured
-    in a CUDA graph and a training chunk can be differentiated through. Nothing here is read back to the host.
-    """
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = tensors
-
-    def get(self, name: str, ctx: Sequence) -> Tensor:
-        """The rows that ctx.slots names, or all rows."""
-        full = self.tensors[name]
-        return full if ctx.slots is None else full[_row_index(ctx.slots, full)]
-
-    def set(self, name: str, value: Tensor, ctx: Sequence) -> None:
-        """Replace the rows that ctx.slots names, or all rows."""
-        full = self.tensors[name]
-        value = value.to(full.dtype)
-        if torch.is_grad_enabled():
-            self.tensors[name] = (
-                value
-                if ctx.slots is None
-                else full.index_copy(0, _row_index(ctx.slots, full), value)
-            )
-        elif ctx.slots is None:
-            full.copy_(value)
-        else:
-            full.index_copy_(0, _row_index(ctx.slots, full), value)
-
-    def map(self, change: Any) -> State:
-        """A new State with `change` applied to every tensor."""
-        return State({name: change(t) for name, t in self.tensors.items()})
-
-
-def _row_index(slots: Tensor, full: Tensor) -> Tensor:
-    # a negative slot wraps to the pool's last row, which its owner keeps as scratch: no branch, no host sync.
-    return torch.remainder(slots, full.shape[0])
 
 
 @dataclass(frozen=True, kw_only=True)
