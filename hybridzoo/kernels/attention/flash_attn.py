@@ -1,19 +1,18 @@
 """attention by the flash-attn 2 package: fp16 and bf16 on CUDA, plain, windowed and packed."""
 
 from importlib import metadata
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from hybridzoo.kernels.dispatch import capability
 
-if find_spec("flash_attn") is not None:
-    from flash_attn import flash_attn_func, flash_attn_varlen_func
-
-    VERSION: str | None = metadata.version("flash_attn")
-else:
+try:
+    VERSION: str | None = metadata.version("flash-attn")
+except metadata.PackageNotFoundError:
     VERSION = None
+else:
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
 
 
 def available(device: torch.device) -> str | None:
