@@ -141,6 +141,9 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
 class Decoder:
     """Streaming decode: never half a character; all parts joined are `tokenizer.decode` of all ids.
 
+    One exception: of a broken run of bytes, a byte-fallback BPE makes each byte U+FFFD, also the
+    characters before the break; those are out already by then.
+
     >>> decoder = Decoder(ByteTokenizer())
     >>> [decoder.push(i) for i in "né".encode()]
     ['n', '', 'é']
