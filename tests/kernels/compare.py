@@ -48,7 +48,7 @@ def is_floating(value):
 
 def randn(*shape, seed, dtype=torch.float32, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
 
 def pack(lengths, device="cpu"):

@@ -62,8 +62,11 @@ def naive_conv(x, weight, bias=None, activation=None, initial_state=None, cu_seq
     if initial_state is None:
         initial_state = x.new_zeros(x.shape[0], d_conv - 1, x.shape[2])
     seen = torch.cat([initial_state, x], 1)
+    final_state = seen[:, x.shape[1] :]
+    if x.shape[1] == 0:
+        return x, final_state
     y = F.conv1d(seen.transpose(1, 2), weight[:, None], bias, groups=x.shape[2]).transpose(1, 2)
-    return (F.silu(y) if activation == "silu" else y), seen[:, seen.shape[1] - d_conv + 1 :]
+    return (F.silu(y) if activation == "silu" else y), final_state
 
 
 def _each(function, arguments):

@@ -1,0 +1,119 @@
+"""causal_conv1d: every backend against torch's own depthwise convolution."""
+
+import pytest
+import torch
+
+from hybridzoo.errors import BackendError
+from hybridzoo.kernels.causal_conv1d import causal_conv1d
+from tests.kernels.compare import (
+    Call,
+    assert_same,
+    assert_within,
+    pack,
+    randn,
+    run_fwd_bwd,
+    run_rounded,
+    skip_unless_supported,
+)
+from tests.kernels.oracles import naive_conv
+
+SHAPES = [(1, 16, 8, 4), (2, 97, 6, 4), (2, 5, 3, 2), (1, 3, 5, 8)]  # b l i w; 3 < 8 - 1
+LENGTHS = [0, 5, 0, 1, 31, 2, 20, 0]
+
+
+def conv_inputs(shape, dtype=torch.float64, device="cpu", has_state=True, n_seqs=None):
+    b, l, i, w = shape  # noqa: E741
+
+    def made(*size, seed):
+        return randn(*size, seed=seed, dtype=dtype, device=device)
+
+    return Call(
+        {
+            "x": made(b, l, i, seed=0),
+            "weight": made(i, w, seed=1),
+            "bias": made(i, seed=2),
+            "activation": "silu",
+            "initial_state": made(n_seqs or b, w - 1, i, seed=3) if has_state else None,
+        }
+    )
+
+
+@pytest.mark.parametrize("has_state", [False, True], ids=["cold", "warm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "b{}-l{}-i{}-w{}".format(*s))
+@pytest.mark.parametrize("backend", causal_conv1d.op.backends)
+def test_backend_is_the_convolution(backend, shape, dtype, has_state, device):
+    call = conv_inputs(shape, dtype, device, has_state)
+    skip_unless_supported(causal_conv1d, backend, call)
+    truth = run_fwd_bwd(naive_conv, call.to(torch.float64))
+    same_dtype = run_rounded(causal_conv1d, call, dtype)
+    assert_within(run_fwd_bwd(causal_conv1d, call, backend), same_dtype, truth, dtype)
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("d_conv", [2, 3, 4, 8])
+def test_reference_is_exact_in_float64(d_conv, activation):
+    call = conv_inputs((2, 11, 3, d_conv)).having(activation=activation)
+    assert_same(run_fwd_bwd(causal_conv1d, call), run_fwd_bwd(naive_conv, call))
+
+
+def test_no_bias_is_a_zero_bias():
+    call = conv_inputs((2, 11, 3, 4))
+    zero = causal_conv1d(**call.having(bias=torch.zeros(3, dtype=torch.float64)).arguments)
+    none = causal_conv1d(**call.having(bias=None).arguments)
+    assert torch.equal(zero[0], none[0])
+
+
+@pytest.mark.parametrize("has_state", [False, True], ids=["cold", "warm"])
+@pytest.mark.parametrize("d_conv", [2, 4, 8])
+def test_packed_is_separate(d_conv, has_state):
+    shape = (1, sum(LENGTHS), 3, d_conv)
+    call = conv_inputs(shape, has_state=has_state, n_seqs=len(LENGTHS))
+    call = call.having(cu_seqlens=pack(LENGTHS))
+    assert_same(run_fwd_bwd(causal_conv1d, call), run_fwd_bwd(naive_conv, call))
+
+
+@pytest.mark.parametrize("cuts", [(1,), (2, 3, 4), (5,), (1, 10)], ids=str)
+def test_state_carries_a_split_sequence(cuts):
+    call = conv_inputs((2, 11, 3, 4))
+
+    def in_pieces(**arguments):
+        x, state, y = arguments.pop("x"), arguments.pop("initial_state"), []
+        for start, end in zip((0, *cuts), (*cuts, 11), strict=True):
+            part, state = causal_conv1d(x[:, start:end], initial_state=state, **arguments)
+            y.append(part)
+        return torch.cat(y, 1), state
+
+    assert_same(run_fwd_bwd(in_pieces, call), run_fwd_bwd(causal_conv1d, call))
+
+
+def test_gradients_are_the_derivatives():
+    call = conv_inputs((1, 9, 2, 3), n_seqs=4).having(cu_seqlens=pack([4, 0, 1, 4]))
+    call = call.to(torch.float64)
+    leaves = call.leaves()
+
+    def function(*tensors):
+        return causal_conv1d(**call.having(**dict(zip(leaves, tensors, strict=True))).arguments)
+
+    assert torch.autograd.gradcheck(function, tuple(leaves.values()))
+
+
+@pytest.mark.parametrize("length", [0, 1, 9])
+def test_final_state_is_the_last_inputs_and_no_alias(length):
+    call = conv_inputs((2, length, 3, 4), torch.bfloat16)
+    _, final_state = causal_conv1d(**call.arguments)
+    x, state = call.arguments["x"], call.arguments["initial_state"]
+    assert torch.equal(final_state, torch.cat([state, x], 1)[:, -3:])
+    assert final_state.untyped_storage().data_ptr() not in (
+        x.untyped_storage().data_ptr(),
+        state.untyped_storage().data_ptr(),
+    )
+
+
+def test_widths_and_activations_outside_the_contract_are_refused():
+    call = conv_inputs((1, 5, 3, 9))
+    with pytest.raises(BackendError, match="weight is 9 wide; it takes 2 to 8"):
+        causal_conv1d(**call.arguments)
+    call = conv_inputs((1, 5, 3, 4)).having(activation="gelu")
+    with pytest.raises(BackendError, match="'gelu' is neither None nor 'silu'"):
+        causal_conv1d(**call.arguments)

@@ -1,0 +1,73 @@
+"""rms_norm: every backend against its formula."""
+
+import pytest
+import torch
+
+from hybridzoo.kernels.rms_norm import rms_norm
+from tests.kernels.compare import (
+    Call,
+    assert_same,
+    assert_within,
+    randn,
+    run_fwd_bwd,
+    run_rounded,
+    skip_unless_supported,
+)
+
+EPS = 0.1  # large enough to show in every value
+
+
+def norm_inputs(dtype, device="cpu", residual=torch.float32):
+    return Call(
+        {
+            "x": randn(2, 5, 37, seed=0, dtype=dtype, device=device),
+            "weight": randn(37, seed=1, dtype=dtype, device=device),
+            "residual": residual and randn(2, 5, 37, seed=2, dtype=residual, device=device),
+            "eps": EPS,
+        }
+    )
+
+
+def naive(x, weight=None, residual=None, *, eps):
+    h = x if residual is None else x + residual
+    y = h / (h.pow(2).sum(-1, keepdim=True) / h.shape[-1] + eps).sqrt()
+    # a view of its own, as two outputs that are one tensor cannot have two cotangents
+    return (y if weight is None else y * weight), h.view_as(h)
+
+
+@pytest.mark.parametrize("residual", [None, torch.float32], ids=["plain", "residual"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("backend", rms_norm.op.backends)
+def test_backend_is_the_formula(backend, dtype, residual, device):
+    call = norm_inputs(dtype, device, residual)
+    skip_unless_supported(rms_norm, backend, call)
+    truth = run_fwd_bwd(naive, call.to(torch.float64))
+    same_dtype = run_rounded(rms_norm, call, dtype)
+    assert_within(run_fwd_bwd(rms_norm, call, backend), same_dtype, truth, dtype)
+
+
+@pytest.mark.parametrize("residual", [None, torch.float64], ids=["plain", "residual"])
+def test_reference_is_exact_in_float64(residual):
+    call = norm_inputs(torch.float64, residual=residual)
+    assert_same(run_fwd_bwd(rms_norm, call), run_fwd_bwd(naive, call))
+    call = call.having(weight=None)
+    assert_same(run_fwd_bwd(rms_norm, call), run_fwd_bwd(naive, call))
+
+
+def test_weight_multiplies_after_the_cast():
+    x, weight = norm_inputs(torch.bfloat16, residual=None).leaves().values()
+    bare, _ = rms_norm(x, eps=EPS)
+    y, _ = rms_norm(x, weight, eps=EPS)
+    assert torch.equal(y, bare * weight)
+
+
+def test_sum_keeps_the_dtype_of_the_residual():
+    x, weight, residual = norm_inputs(torch.bfloat16).leaves().values()
+    y, h = rms_norm(x, weight, eps=EPS, residual=residual)
+    assert (y.dtype, h.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(h, residual + x.float())
+
+
+def test_wide_weight_leaves_the_output_narrow():
+    x, weight = norm_inputs(torch.bfloat16, residual=None).leaves().values()
+    assert rms_norm(x, weight.float(), eps=EPS)[0].dtype == torch.bfloat16
