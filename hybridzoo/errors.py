@@ -1,4 +1,4 @@
-"""The three errors that a user can cause; each carries one sentence: where, what, the rule, the way out."""
+"""The errors that a user can cause; each is one sentence: where, what, the rule, the way out."""
 
 
 class HybridzooError(Exception):

@@ -17,7 +17,9 @@ pytestmark = pytest.mark.slow
 
 def run(command: list[str | Path], cwd: Path, **environment: str) -> str:
     """The command's stdout; fails with all it said. The caller's Python variables stay out."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    kept = {
+        k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PYTEST", "VIRTUAL_ENV"))
+    }
     done = subprocess.run(
         command,
         cwd=cwd,
@@ -81,6 +83,7 @@ def test_wheel_generates_offline_in_an_empty_environment(fresh_copy, tmp_path):
     assert len(run(generate, tmp_path, HF_HUB_OFFLINE="1")) >= 20
 
 
+@pytest.mark.timeout(1800)  # torch and the dev extra are downloaded
 def test_scripts_set_up_a_fresh_copy(fresh_copy, tmp_path):
     """quickstart.sh talks, again without installing, and test.sh checks and tests, in one copy."""
     torch_here = {"HYBRIDZOO_TORCH": f"torch=={torch.__version__.partition('+')[0]}"}
