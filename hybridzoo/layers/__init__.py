@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from hybridzoo.errors import ConfigError
+from hybridzoo.layers import init
 from hybridzoo.layers.base import Layer, LayerConfig, Param, Sequence, State, StateTensor
 from hybridzoo.options import suggest
 
@@ -16,6 +17,7 @@ __all__ = [
     "Sequence",
     "State",
     "StateTensor",
+    "init",
     "kind_config",
     "register",
 ]

@@ -1,0 +1,93 @@
+"""A config in figures and as a drawing: what `info`, the cards and the gallery show."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from hybridzoo.config import Branch, HybridConfig
+from hybridzoo.layers.attention import AttentionConfig
+from hybridzoo.layers.state import StateTensor
+
+CONTEXTS = (4096, 262144)
+SEQUENCE_MIXERS = ("ssm_state", "k_cache")
+
+
+def facts(config: HybridConfig) -> dict[str, Any]:
+    """Everything countable about a config, as plain values.
+
+    Returns:
+        name, pattern, d_model, vocab_size, n_places, n_stages, n_params, n_active_params, weight_bytes (bf16),
+        flops_per_token, state_bytes and transformer_state_bytes (one sequence in bf16, by context), transformer (what
+        that twin is) and layers: one row a letter with kind, count, parameters of one and options.
+    """
+    twin, twin_text = _transformer(config)
+    return {
+        "name": config.name,
+        "pattern": config.expanded.compact(),
+        "d_model": config.d_model,
+        "vocab_size": config.vocab_size,
+        "n_places": len(config.places),
+        "n_stages": config.expanded.n_segments,
+        "n_params": config.n_params(),
+        "n_active_params": config.n_active_params(),
+        "weight_bytes": 2 * config.n_params(),
+        "flops_per_token": {n: config.flops_per_token(n) for n in CONTEXTS},
+        "state_bytes": {n: config.state_bytes(n) for n in CONTEXTS},
+        "transformer_state_bytes": {n: _bytes(twin.state(config.d_model, 1, n)) * _n_mixers(config) for n in CONTEXTS},
+        "transformer": twin_text,
+        "layers": [_row(config, letter) for letter in config.expanded.letters],
+    }
+
+
+def draw(config: HybridConfig, per_row: int = 16) -> list[tuple[int, list[str]]]:
+    """The stack in rows of places, input first: (index of the row's first place, its places' letters).
+
+    A parallel place is written [MA]; a pipeline cut is a '|' before the place that starts the stage.
+    """
+    rows: list[tuple[int, list[str]]] = []
+    for i, letters in enumerate(config.expanded.places):
+        if i % per_row == 0:
+            rows.append((i, []))
+        if i in config.expanded.cuts:
+            rows[-1][1].append("|")
+        rows[-1][1].append(letters[0] if len(letters) == 1 else f"[{''.join(letters)}]")
+    return rows
+
+
+def _row(config: HybridConfig, letter: str) -> dict[str, Any]:
+    branches = [b for place in config.places for b in place if b.letter == letter]
+    first = branches[0].config
+    n_params = sum(_numel(p.shape) for p in first.params(config.d_model).values() if p.trained)
+    options = {k: v for k, v in first.to_dict().items() if k != "kind"}
+    row = {"letter": letter, "kind": first.kind, "count": len(branches), "n_params": n_params, "options": options}
+    return row | ({"shared": branches[0].shared} if branches[0].shared else {})
+
+
+def _mixes(branch: Branch, d_model: int) -> bool:
+    return any(name in SEQUENCE_MIXERS for name in branch.config.state(d_model, 1, 1))
+
+
+def _n_mixers(config: HybridConfig) -> int:
+    return sum(any(_mixes(b, config.d_model) for b in place) for place in config.places)
+
+
+def _transformer(config: HybridConfig) -> tuple[AttentionConfig, str]:
+    # the twin keeps this model's own attention heads, if it has any, so that the comparison is not with a straw man.
+    own = Counter(b.config for place in config.places for b in place if isinstance(b.config, AttentionConfig))
+    head_dim = 128 if config.d_model % 128 == 0 else 64 if config.d_model % 64 == 0 else config.d_model
+    attention = own.most_common(1)[0][0] if own else AttentionConfig(n_heads=max(config.d_model // head_dim, 1))
+    _, n_kv_heads, p = attention.widths(config.d_model)
+    heads = f"{n_kv_heads} key/value head{'s' * (n_kv_heads > 1)} of {p}"
+    return attention, f"attention with {heads} in all {_n_mixers(config)} sequence-mixing places"
+
+
+def _bytes(state: dict[str, StateTensor]) -> int:
+    return sum(_numel(s.shape) * (s.dtype.itemsize if s.dtype else 2) for s in state.values())
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    n = 1
+    for size in shape:
+        n *= size
+    return n
