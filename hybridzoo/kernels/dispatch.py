@@ -108,7 +108,7 @@ class Op:
 
 @contextmanager
 def use(**backends: str) -> Iterator[None]:
-    """Ask for backends by name, `with use(ssd="triton")`, until the block ends.
+    """Ask for backends by name, as in ssd="triton", until the `with` block ends.
 
     The choice is of the process: threads share it, and it outranks `set_backends` and the
     environment while the block runs.

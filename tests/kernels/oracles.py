@@ -1,5 +1,6 @@
 """Both scans as their papers write them: one step after another, no chunks, no tricks."""
 
+import itertools
 from math import inf
 
 import torch
@@ -75,7 +76,7 @@ def _each(function, arguments):
     state, ends = arguments["initial_state"], arguments["cu_seqlens"].tolist()
     along_time = {"x", "dt", "B", "C", "z"}
     y, h = [], []
-    for s, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+    for s, (start, end) in enumerate(itertools.pairwise(ends)):
         part = {
             k: v[:, start:end] if k in along_time and v is not None else v for k, v in given.items()
         }

@@ -22,7 +22,7 @@ LENGTHS = [0, 5, 0, 1, 31, 2, 20, 0]
 
 
 def conv_inputs(shape, dtype=torch.float64, device="cpu", has_state=True, n_seqs=None):
-    b, l, i, w = shape  # noqa: E741
+    b, l, i, w = shape
 
     def made(*size, seed):
         return randn(*size, seed=seed, dtype=dtype, device=device)

@@ -26,7 +26,7 @@ LENGTHS = [0, 5, 0, 1, 31, 2, 20, 0]
 
 
 def scan_inputs(shape, dtype=torch.float64, device="cpu", has_state=True, n_seqs=None):
-    b, l, i, g, n = shape  # noqa: E741
+    b, l, i, g, n = shape
     wide = torch.promote_types(dtype, torch.float32)
 
     def made(*size, seed, dtype=dtype):

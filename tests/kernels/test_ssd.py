@@ -23,7 +23,7 @@ LENGTHS = [0, 5, 0, 1, 31, 2, 64, 0]
 
 
 def ssd_inputs(shape, dtype=torch.float64, device="cpu", has_state=True, n_seqs=None):
-    b, l, h, p, g, n, chunk_size = shape  # noqa: E741
+    b, l, h, p, g, n, chunk_size = shape
     wide = torch.promote_types(dtype, torch.float32)
 
     def made(*size, seed, dtype=dtype):
