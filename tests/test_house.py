@@ -28,7 +28,7 @@ FLOORS = {
     **dict.fromkeys(["options", "pattern", "sharding", "comm", "tokenizer", "kernels"], 1),
     "layers": 2,
     "config": 3,
-    "model": 4,
+    **dict.fromkeys(["model", "describe"], 4),
     **dict.fromkeys(["inference", "parallel", "checkpoint"], 5),
     **dict.fromkeys(["zoo", "train", "eval", "plan", "serve"], 6),
     **dict.fromkeys(["compat", "hf", "cli"], 7),
