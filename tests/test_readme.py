@@ -5,8 +5,8 @@ line, folders end in `/`, then at least two spaces and what the entry is. A fold
 its `__init__.py` too.
 
 Blocks of yaml are models: each is built on the meta device and written to `<its name>.yaml`. Blocks
-of python run one after the other in one namespace, then each block of bash, all in one folder that
-holds the yaml files and links to the repository's own files.
+of python run one after the other in one namespace; each block of bash runs by itself. Either has a
+fresh folder that holds the yaml files, links to the repository's own files and `hybridzoo`.
 """
 
 import os
@@ -71,19 +71,18 @@ def test_tree_has_a_line_for_each_top_level_entry_and_each_module():
     assert not sorted(wanted - set(tree_paths()))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A working folder with the README's yaml files, links to the repository, and `hybridzoo`."""
-    here = tmp_path_factory.mktemp("readme")
-    for name in {name.partition("/")[0] for name in tracked_files()} - {".ci"}:
-        (here / name).symlink_to(ROOT / name)
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Where a block runs; the package itself comes from PYTHONPATH."""
+    for name in {name.partition("/")[0] for name in tracked_files()} - {"hybridzoo"}:
+        (tmp_path / name).symlink_to(ROOT / name)
     for body in blocks_of("yaml"):
-        (here / f"{yaml.safe_load(body)['name']}.yaml").write_text(body)
-    shim = here / "bin" / "hybridzoo"
+        (tmp_path / f"{yaml.safe_load(body)['name']}.yaml").write_text(body)
+    shim = tmp_path / "bin" / "hybridzoo"
     shim.parent.mkdir()
     shim.write_text(f"#!{sys.executable}\nfrom hybridzoo.cli import main\nmain()\n")
     shim.chmod(0o755)
-    return here
+    return tmp_path
 
 
 def run(folder: Path, *command: str) -> None:
