@@ -35,7 +35,11 @@ find_python() {
     exit 1
 }
 
-if ! is_new_enough "$venv_python" || ! "$venv_python" -m pip --version >/dev/null 2>&1; then
+if [ -e .venv ] && ! is_new_enough "$venv_python"; then
+    echo "install.sh: .venv has no working Python >= 3.11. Remove .venv, then run this again." >&2
+    exit 1
+fi
+if ! "$venv_python" -m pip --version >/dev/null 2>&1; then
     python=$(find_python)
     options=()
     # a torch that came with the machine (a GPU image, say) is the one that fits its driver
