@@ -24,14 +24,16 @@ is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/
 has_torch() { "$1" -c 'import torch' 2>/dev/null; }
 
 find_python() {
-    local candidate
-    for candidate in ${PYTHON:+"$PYTHON"} python3 python3.14 python3.13 python3.12 python3.11 python; do
+    local candidate candidates=(python3 python3.14 python3.13 python3.12 python3.11 python)
+    if [ -n "${PYTHON:-}" ]; then candidates=("$PYTHON"); fi
+    for candidate in "${candidates[@]}"; do
         if is_new_enough "$candidate"; then
             printf '%s\n' "$candidate"
             return
         fi
     done
-    echo "install.sh: no Python >= 3.11 was found; install one, or name it: PYTHON=/path/to/python3" >&2
+    echo "install.sh: none of ${candidates[*]} is a Python >= 3.11." \
+        "Install one, or name it: PYTHON=/path/to/python3" >&2
     exit 1
 }
 
