@@ -5,7 +5,15 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from hybridzoo.errors import ConfigError
 from hybridzoo.tokenizer import ByteTokenizer, Decoder, load_tokenizer
@@ -39,6 +47,9 @@ def save_metaspace(path):
     )
     backend = Tokenizer(model)
     backend.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
     backend.decoder = decoders.Sequence(
         [
@@ -95,7 +106,7 @@ def test_a_bpe_merges_what_it_was_trained_on(tokenizers):
 def test_encode_adds_no_special_id_and_decode_skips_them(tokenizers, kind):
     tokenizer = tokenizers[kind]
     ids = tokenizer.encode("a b")
-    assert tokenizer.eos_id not in ids
+    assert not {tokenizer.eos_id, tokenizer.bos_id} & set(ids)
     assert tokenizer.decode([*ids, tokenizer.eos_id]) == "a b"
 
 
@@ -133,6 +144,13 @@ def test_streaming_never_shows_half_a_character(tokenizers, kind):
     parts = [decoder.push(i) for i in tokenizer.encode("a🦓é日 b")]
     assert "\ufffd" not in "".join(parts)
     assert "".join(parts) == "a🦓é日 b"
+
+
+def test_a_special_id_between_words_keeps_the_space(tokenizers):
+    tokenizer = tokenizers["metaspace"]
+    decoder = Decoder(tokenizer)
+    ids = [*tokenizer.encode("a"), tokenizer.eos_id, *tokenizer.encode("b")]
+    assert [decoder.push(i) for i in ids] == ["a", "", " b"]
 
 
 def test_text_is_shown_as_soon_as_it_is_whole():
