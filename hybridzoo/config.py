@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -16,14 +17,18 @@ from hybridzoo.layers.init import constant, normal
 from hybridzoo.options import check_fields, read_file, read_options
 from hybridzoo.pattern import Pattern
 
-MAX_PARAMS = 10**14
+MAX_PARAMS = 10**13
 
 
 @dataclass(frozen=True)
 class Shared:
-    """A legend entry whose places all use the one set of weights `shared.{name}`; each place has its own state."""
+    """A legend entry whose places all use the weights `shared.{name}`; each has its own state."""
 
     shared: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it is written in a file."""
+        return {"shared": self.shared}
 
 
 @dataclass(frozen=True)
@@ -66,13 +71,13 @@ class HybridConfig:
     layers_at: dict[int, Any] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
     name: str = "unnamed"
-    norm_eps: float = 1e-5
+    norm_eps: float = field(default=1e-5, metadata={"min": 0})
     tie_embeddings: bool = True
     residual_fp32: bool = False
     residual_multiplier: float = 1.0
     embedding_multiplier: float = 1.0
     logits_multiplier: float = 1.0
-    dropout: float = 0.0
+    dropout: float = field(default=0.0, metadata={"min": 0, "max": 0.99})
     tokenizer: str = "bytes"
     eos_token_id: int | None = field(default=None, metadata={"min": 0})
     source_layout: dict[str, Any] | None = None
@@ -80,16 +85,13 @@ class HybridConfig:
     def __post_init__(self) -> None:
         """Read the legend into typed configs and check everything that can be checked without a tensor."""
         check_fields("config", self)
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(
-                f"dropout: ({self.dropout}) is a probability below 1. Use 0 to drop nothing."
-            )
         object.__setattr__(
             self, "layers", {k: _legend_entry(f"layers.{k}", v) for k, v in self.layers.items()}
         )
         object.__setattr__(
             self, "shared", {k: _layer(f"shared.{k}", v) for k, v in self.shared.items()}
         )
+        object.__setattr__(self, "layers_at", {_place(k): v for k, v in self.layers_at.items()})
         self._check_places()
         if self.n_params() > MAX_PARAMS:
             raise ConfigError(
@@ -116,19 +118,12 @@ class HybridConfig:
         plain: dict[str, Any] = {"name": self.name}
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name in ("layers", "shared"):
-                value = {
-                    k: {"shared": v.shared} if isinstance(v, Shared) else v.to_dict()
-                    for k, v in value.items()
-                }
-            if (
-                value
-                or f.default is not None
-                and value != f.default
-                and f.name not in ("layers_at", "shared")
-            ):
+            if value != (f.default_factory() if callable(f.default_factory) else f.default):
                 plain[f.name] = value
-        return {k: v for k, v in plain.items() if v != _default(k) or k == "name"}
+        for entries in ("layers", "shared"):
+            if entries in plain:
+                plain[entries] = {k: v.to_dict() for k, v in plain[entries].items()}
+        return copy.deepcopy(plain)
 
     @cached_property
     def expanded(self) -> Pattern:
@@ -185,7 +180,7 @@ class HybridConfig:
             for b in place
             for s in b.config.state(self.d_model, batch, context).values()
         )
-        return sum(_numel(s.shape) * (s.dtype or dtype).itemsize for s in specs)
+        return sum(_numel(s.shape) * s.dtype_in(dtype).itemsize for s in specs)
 
     def check_tp(self, tp: int) -> None:
         """Raise ConfigError, naming the legal tp, when some layer cannot be cut over `tp` ranks."""
@@ -283,9 +278,9 @@ def _legend_entry(where: str, entry: Any) -> LayerConfig | Shared:
     return _layer(where, entry)
 
 
-def _default(name: str) -> Any:
-    f = HybridConfig.__dataclass_fields__[name]
-    return f.default_factory() if callable(f.default_factory) else f.default
+def _place(key: Any) -> Any:
+    # JSON has no other keys than text
+    return int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +12,9 @@ from torch import Tensor, nn
 
 from hybridzoo.comm import SINGLE, Parallel
 from hybridzoo.config import Branch, HybridConfig, branch_prefix
-from hybridzoo.errors import ConfigError
 from hybridzoo.layers import Layer, Param, Sequence, State
 from hybridzoo.layers.init import seeded
 from hybridzoo.layers.norm import RMSNorm
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 
 class Block(nn.Module):
     """One residual sublayer: h += multiplier * delta, then the layer of the norm of h gives the next delta.
@@ -45,8 +40,8 @@ class Block(nn.Module):
             self.branch = nn.ModuleDict(own)
         elif own:
             self.layer = own[place[0].letter]
-        # a shared layer is registered once, by the model; a tuple keeps it out of this block's own parameters.
-        self._layers = tuple(shared[b.shared] if b.shared else own[b.letter] for b in place)
+        # shared layers are registered once, by the model; a tuple keeps them out of this block's own parameters.
+        self._shared = (shared,)
 
     def forward(
         self, h: Tensor, delta: Tensor | None, state: list[State] | None, ctx: Sequence
@@ -55,11 +50,22 @@ class Block(nn.Module):
         x, h = self.normed(h, delta)
         x = self.tp.copy_in(x)
         outs = []
-        for i, (branch, layer) in enumerate(zip(self.place, self._layers, strict=True)):
+        for i, (branch, layer) in enumerate(zip(self.place, self.layers(), strict=True)):
             y = layer(_scaled(x, branch.config.input_multiplier), state[i] if state else None, ctx)
             outs.append(_scaled(y, branch.config.output_multiplier))
         delta = self.tp.sum_out(sum(outs[1:], outs[0]))
         return h, F.dropout(delta, self.dropout, self.training)
+
+    def layers(self) -> list[Layer]:
+        """One layer a branch, looked up each time, so that a module put in a layer's place is used."""
+        (shared,) = self._shared
+
+        def find(branch: Branch) -> Layer:
+            if branch.shared:
+                return shared[branch.shared]
+            return self.branch[branch.letter] if len(self.place) > 1 else self.layer
+
+        return [find(branch) for branch in self.place]
 
     def normed(self, h: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
         """(norm(h + multiplier * delta), h + multiplier * delta)."""
@@ -70,7 +76,7 @@ class Block(nn.Module):
 
     def init_state(self, batch: int, max_len: int) -> list[State]:
         """One empty State a branch."""
-        return [layer.init_state(batch, max_len) for layer in self._layers]
+        return [layer.init_state(batch, max_len) for layer in self.layers()]
 
 
 class HybridLM(nn.Module):
@@ -114,11 +120,11 @@ class HybridLM(nn.Module):
             Block(config, place, shared, empty(d), **where) for place in config.places
         )
         self.norm = RMSNorm(empty(d), config.norm_eps)
-        self.head = torch.nn.utils.skip_init(
-            nn.Linear, d, config.vocab_size, bias=False, device=device or "cpu", dtype=dtype
+        # on meta first: a tied head needs no memory of its own
+        self.head = nn.Linear(d, config.vocab_size, bias=False, device="meta")
+        self.head.weight = (
+            self.embed.weight if config.tie_embeddings else empty(config.vocab_size, d)
         )
-        if config.tie_embeddings:
-            self.head.weight = self.embed.weight
         if init and self.embed.weight.device.type != "meta":
             self.init_weights(seed)
 
@@ -175,7 +181,7 @@ class HybridLM(nn.Module):
     def named_layers(self) -> Iterator[tuple[str, Layer]]:
         """Every layer with its checkpoint prefix, a shared one once."""
         for i, block in enumerate(self.blocks):
-            for branch, layer in zip(block.place, block._layers, strict=True):
+            for branch, layer in zip(block.place, block.layers(), strict=True):
                 if branch.shared is None:
                     yield branch_prefix(i, branch.letter, len(block.place) > 1), layer
         for name, layer in self.shared.items():
@@ -192,14 +198,11 @@ class HybridLM(nn.Module):
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Draw every parameter from generators seeded by its name."""
+        layers = dict(self.named_layers())
         for name, p in self.config.params():
-            if (
-                not name.startswith(("blocks.", "shared."))
-                or name.endswith(".norm.weight")
-                and name.count(".") == 3
-            ):
+            if not name.startswith(tuple(layers)):
                 self.get_parameter(name).copy_(p.init(p.shape, seeded(seed, name)))
-        for prefix, layer in self.named_layers():
+        for prefix, layer in layers.items():
             layer.init_weights(seed, prefix, len(self.blocks))
 
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor:

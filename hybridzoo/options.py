@@ -6,6 +6,7 @@ import difflib
 import json
 import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ import yaml
 from hybridzoo.errors import ConfigError
 
 T = TypeVar("T")
+NO_LIMITS: Mapping[str, Any] = types.MappingProxyType({})
 
 
 def read_options(cls: type[T], where: str, options: Any, *, of: str) -> T:
@@ -47,9 +49,7 @@ def read_options(cls: type[T], where: str, options: Any, *, of: str) -> T:
     made = {}
     for name, f in legal.items():
         if name in options:
-            made[name] = checked(
-                f"{dot}{name}", options[name], hints[name], minimum=f.metadata.get("min", 1)
-            )
+            made[name] = checked(f"{dot}{name}", options[name], hints[name], f.metadata)
         elif f.default is MISSING and f.default_factory is MISSING:
             raise ConfigError(
                 f"{dot}{name} is missing; {of} needs it. Add '{name}: ...' ({_describe(hints[name])})."
@@ -91,12 +91,7 @@ def check_fields(where: str, instance: Any) -> None:
     """Raise ConfigError where a field of the dataclass `instance` has the wrong type or range."""
     hints = get_type_hints(type(instance))
     for f in fields(instance):
-        checked(
-            f"{where}.{f.name}",
-            getattr(instance, f.name),
-            hints[f.name],
-            minimum=f.metadata.get("min", 1),
-        )
+        checked(f"{where}.{f.name}", getattr(instance, f.name), hints[f.name], f.metadata)
 
 
 def suggest(word: str, known: typing.Iterable[str]) -> str:
@@ -105,10 +100,15 @@ def suggest(word: str, known: typing.Iterable[str]) -> str:
     return f"did you mean {near[0]}? " if near else ""
 
 
-def checked(where: str, value: Any, hint: Any, *, minimum: float = 1) -> Any:
+def checked(where: str, value: Any, hint: Any, limits: Mapping[str, Any] = NO_LIMITS) -> Any:
     """`value` as the type `hint` wants it (lists become tuples), or ConfigError.
 
-    Whole numbers are counts and widths: at least `minimum`, which a field's metadata {"min": 0} lowers.
+    Args:
+        where: path of the value in the user's file.
+        value: what the file holds there.
+        hint: the field's annotation.
+        limits: the field's metadata: "min" and "max". Whole numbers are counts and widths, from 1
+            to 2**31 - 1 unless it says otherwise; numbers are finite unless "max" is infinity.
     """
     origin, args = get_origin(hint), get_args(hint)
     if origin in (types.UnionType, typing.Union):
@@ -116,7 +116,7 @@ def checked(where: str, value: Any, hint: Any, *, minimum: float = 1) -> Any:
             return None
         inner = [a for a in args if a is not type(None)]
         if len(inner) == 1:
-            return checked(where, value, inner[0], minimum=minimum)
+            return checked(where, value, inner[0], limits)
         if any(_is_of(value, a) for a in inner):
             return value
     elif origin is Literal:
@@ -129,27 +129,29 @@ def checked(where: str, value: Any, hint: Any, *, minimum: float = 1) -> Any:
     elif origin is tuple:
         if isinstance(value, (list, tuple)) and (args[-1] is Ellipsis or len(args) == len(value)):
             each = [args[0]] * len(value) if args[-1] is Ellipsis else args
-            return tuple(
-                checked(where, v, a, minimum=minimum) for v, a in zip(value, each, strict=True)
-            )
+            return tuple(checked(where, v, a, limits) for v, a in zip(value, each, strict=True))
     elif origin in (dict, Mapping) or hint in (dict, Any):
         if hint is Any or isinstance(value, Mapping):
             return value
     elif _is_of(value, hint):
-        if hint is int and value < minimum:
-            raise ConfigError(
-                f"{where}: too small ({value}); it must be at least {minimum}. Use a larger number."
-            )
-        if hint is float:
-            if math.isnan(value):
-                raise ConfigError(
-                    f"{where}: not a number ({value}); it must be one. Write a number."
-                )
-            return float(value)
-        return value
+        return _within(where, value, hint, limits) if hint in (int, float) else value
     raise ConfigError(
         f"{where}: wrong type ({value!r}); expected {_describe(hint)}. Change the value."
     )
+
+
+def _within(where: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> Any:
+    low, high = (1, 2**31 - 1) if hint is int else (-sys.float_info.max, sys.float_info.max)
+    low, high = limits.get("min", low), limits.get("max", high)
+    if low <= value <= high:
+        return hint(value)
+    if value != value or abs(value) == math.inf:
+        what, way = f"not a finite number ({value}); it must be one", "Write a number"
+    elif value < low:
+        what, way = f"too small ({value}); it must be at least {low}", "Use a larger number"
+    else:
+        what, way = f"too large ({value}); it must be at most {high}", "Use a smaller number"
+    raise ConfigError(f"{where}: {what}. {way}.")
 
 
 def _is_of(value: Any, hint: Any) -> bool:

@@ -126,7 +126,7 @@ class Split:
         for shard in shards:
             for local, indices in self.pieces(name, world).items():
                 widths = [self.parts[i].range(world, 0)[1] for i in indices]
-                for i, piece in zip(indices, shard[local].split(widths, self.dim), strict=True):
+                for i, piece in zip(indices, shard[local].split_with_sizes(widths, self.dim), strict=True):
                     columns[i].append(piece)
         joined = []
         for part, copies in zip(self.parts, columns, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
@@ -39,7 +39,7 @@ class AttentionConfig(LayerConfig):
     qkv_bias: bool = False
     out_proj_bias: bool = False
     rope_fraction: float = 0.0
-    rope_theta: float = 10000.0
+    rope_theta: float = field(default=10000.0, metadata={"min": 1})
     window_size: int | None = None
     softmax_scale: float | None = None
 

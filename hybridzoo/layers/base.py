@@ -214,10 +214,8 @@ class Layer(nn.Module):
         like = self.get_parameter(next(iter(self.table)))
         tensors = {}
         for name, spec in self.config.state(self.d_model, batch, max_len).items():
-            dtype = spec.dtype or like.dtype
-            if dtype == torch.float32:
-                dtype = torch.promote_types(dtype, like.dtype)
             shape = spec.local_shape(self.parallel.tp.world)
+            dtype = spec.dtype_in(like.dtype)
             tensors[name] = torch.zeros(shape, dtype=dtype, device=like.device)
         return State(tensors)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -41,16 +41,16 @@ class Mamba1Config(LayerConfig):
 
     kind: ClassVar[str] = "mamba1"
     d_state: int = 16
-    d_conv: int = 4
-    expand: float = 2
+    d_conv: int = field(default=4, metadata={"min": 2, "max": 8})
+    expand: float = field(default=2.0, metadata={"min": 0, "max": 2**16})
     d_inner: int | None = None
     dt_rank: int | None = None
     conv_bias: bool = True
     in_proj_bias: bool = False
     out_proj_bias: bool = False
     x_norm: Literal["none", "learned", "weightless"] = "none"
-    norm_eps: float = 1e-5
-    dt_limit: tuple[float, float] = (0.0, math.inf)
+    norm_eps: float = field(default=1e-5, metadata={"min": 0})
+    dt_limit: tuple[float, float] = field(default=(0.0, math.inf), metadata={"max": math.inf})
     dt_min: float = 1e-3
     dt_max: float = 1e-1
     dt_init_floor: float = 1e-4
@@ -64,7 +64,12 @@ class Mamba1Config(LayerConfig):
         )  # fmt: skip
 
     def check(self, where: str, d_model: int) -> None:
-        """Refuse bounds in the wrong order."""
+        """Refuse bounds in the wrong order and a scan without channels."""
+        i, _ = self.widths(d_model)
+        if i < 1:
+            raise ConfigError(
+                f"{where}.expand: ({self.expand}) times d_model ({d_model}) leaves no channel. Raise it."
+            )
         if not 0 <= self.dt_limit[0] < self.dt_limit[1]:
             raise ConfigError(
                 f"{where}.dt_limit: bounds in the wrong order ({self.dt_limit}); 0 <= low < high. Swap them."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -48,16 +48,16 @@ class Mamba2Config(LayerConfig):
     head_dim: int = 64
     n_heads: int | None = None
     n_groups: int = 1
-    d_conv: int = 4
-    expand: float = 2
+    d_conv: int = field(default=4, metadata={"min": 2, "max": 8})
+    expand: float = field(default=2.0, metadata={"min": 0, "max": 2**16})
     d_inner: int | None = None
     conv_bias: bool = True
     in_proj_bias: bool = False
     out_proj_bias: bool = False
     norm: Literal["gate_first", "norm_first", "none"] = "gate_first"
-    norm_eps: float = 1e-5
+    norm_eps: float = field(default=1e-5, metadata={"min": 0})
     chunk_size: int = 128
-    dt_limit: tuple[float, float] = (0.0, math.inf)
+    dt_limit: tuple[float, float] = field(default=(0.0, math.inf), metadata={"max": math.inf})
     dt_min: float = 1e-3
     dt_max: float = 1e-1
     dt_init_floor: float = 1e-4
@@ -74,6 +74,10 @@ class Mamba2Config(LayerConfig):
     def check(self, where: str, d_model: int) -> None:
         """Refuse widths that do not fit together."""
         i, h = self.widths(d_model)
+        if i < 1:
+            raise ConfigError(
+                f"{where}.expand: ({self.expand}) times d_model ({d_model}) leaves no channel. Raise it."
+            )
         if i != h * self.head_dim:
             raise ConfigError(
                 f"{where}.head_dim: ({self.head_dim}) times n_heads ({h}) must be d_inner ({i}). "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -54,8 +54,8 @@ class MoEConfig(LayerConfig):
     n_expert_groups: int = 1
     top_k_groups: int = 1
     shared_d_ff: int | None = None
-    aux_loss: float = 0.001
-    z_loss: float = 0.0
+    aux_loss: float = field(default=0.001, metadata={"min": 0})
+    z_loss: float = field(default=0.0, metadata={"min": 0})
 
     @classmethod
     def tiny(cls) -> Self:

@@ -28,6 +28,12 @@ class StateTensor:
     parts: tuple[Part, ...] = ()
     dim: int = -1
 
+    def dtype_in(self, model: torch.dtype) -> torch.dtype:
+        """The dtype in a model of dtype `model`."""
+        if self.dtype is torch.float32:
+            return torch.promote_types(torch.float32, model)
+        return self.dtype or model
+
     def local_shape(self, world: int) -> tuple[int, ...]:
         """The shape on one of `world` ranks."""
         shape = list(self.shape)
@@ -141,28 +147,39 @@ class State:
     def get(self, name: str, ctx: Sequence) -> Tensor:
         """The rows that ctx.slots names, or all rows."""
         full = self.tensors[name]
-        return full if ctx.slots is None else full[_row_index(ctx.slots, full)]
+        return full if ctx.slots is None else full.index_select(0, ctx.slots.clamp(min=0))
 
     def set(self, name: str, value: Tensor, ctx: Sequence) -> None:
         """Replace the rows that ctx.slots names, or all rows."""
         full = self.tensors[name]
         value = value.to(full.dtype)
+        if ctx.slots is None:
+            if torch.is_grad_enabled():
+                self.tensors[name] = value
+            else:
+                full.copy_(value)
+            return
+        index, value = _skip_negative(ctx.slots, value, full)
         if torch.is_grad_enabled():
-            self.tensors[name] = (
-                value
-                if ctx.slots is None
-                else full.index_copy(0, _row_index(ctx.slots, full), value)
-            )
-        elif ctx.slots is None:
-            full.copy_(value)
+            self.tensors[name] = full.index_copy(0, index, value)
         else:
-            full.index_copy_(0, _row_index(ctx.slots, full), value)
+            full.index_copy_(0, index, value)
 
     def map(self, change: Any) -> State:
         """A new State with `change` applied to every tensor."""
         return State({name: change(t) for name, t in self.tensors.items()})
 
 
-def _row_index(slots: Tensor, full: Tensor) -> Tensor:
-    # a negative slot wraps to the pool's last row, which its owner keeps as scratch: no branch, no host sync.
-    return torch.remainder(slots, full.shape[0])
+def _skip_negative(slots: Tensor, value: Tensor, full: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows to write and their values, where a negative slot repeats the first real row's write.
+
+    Without a real one, row 0 is written with itself. So no row is lost, and the host waits for nothing.
+    """
+    is_real = slots >= 0
+    first = is_real.int().argmax(0, keepdim=True)
+    mask = is_real.view(-1, *[1] * (full.dim() - 1))
+    any_real, row = mask.index_select(0, first), value.index_select(0, first)
+    # detached: the real write alone carries the gradient
+    spare = torch.where(any_real, row, full[:1]).detach()
+    index = slots.where(is_real, slots.index_select(0, first)).clamp(min=0)
+    return index, value.where(mask, spare)
