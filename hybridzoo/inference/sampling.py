@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -91,22 +92,29 @@ def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
     return logits.masked_fill(logits < floor, -math.inf)
 
 
-def draw(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def draw(
+    logits: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None
+) -> Tensor:
     """One id a row from softmax(logits): the first of v exponential clocks, argmax_i p_i / e_i.
 
     Row i reads its own v numbers of the generator, so the other rows' logits never change its
-    draw. An id of probability 0 never wins, as an inverse CDF summed in parallel would let it.
-    The clocks are float64: in fp32, ids of probability below 1e-7 would lose their chance.
+    draw; with a generator a row, neither does their number. An id of probability 0 never wins, as
+    an inverse CDF summed in parallel would let it. The clocks are float64: in fp32, ids of
+    probability below 1e-7 would lose their chance.
 
     Args:
         logits: (b, v) fp32; -inf is probability 0.
-        generator: on the logits' device; b * v numbers are taken from it.
+        generator: on the logits' device; b * v numbers are taken from it. Or b of them, one a row.
 
     Returns:
         (b,) int64.
     """
     clocks = torch.empty(logits.shape, dtype=torch.float64, device=logits.device)
-    clocks.exponential_(generator=generator)
+    if isinstance(generator, Sequence):
+        for row, own in zip(clocks, generator, strict=True):
+            row.exponential_(generator=own)
+    else:
+        clocks.exponential_(generator=generator)
     return (logits - clocks.log()).argmax(-1)
 
 
@@ -119,7 +127,7 @@ def sample(
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
     previous: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Tensor:
     """Next ids: repetition penalty, temperature, top_k, top_p, min_p, then one draw a row.
 
@@ -133,7 +141,7 @@ def sample(
         min_p: keep ids with at least this share of the best one's probability.
         repetition_penalty: > 1 makes the ids in `previous` less likely.
         previous: prompt and generated ids, (b, t) int64, -1 = ignore; for repetition_penalty.
-        generator: on the logits' device; one seed gives one sequence of draws.
+        generator: on the logits' device, or one a row; one seed gives one sequence of draws.
 
     Returns:
         (b,) int64.
