@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from typing import Any, ClassVar, Self
 
 import torch
@@ -186,7 +187,8 @@ class Layer(nn.Module):
     def partial_params(self) -> dict[str, Tensor]:
         """The parameters held in copies of which each rank sees a share, by name, their gradients summed at once."""
         names = list(self._partial)
-        params = [self.get_parameter(n) for n in names]
+        # attributes, not get_parameter: functional_call puts plain tensors there
+        params = [attrgetter(n)(self) for n in names]
         return dict(
             zip(
                 names, self.parallel.tp.sum_grads(params, list(self._partial.values())), strict=True
