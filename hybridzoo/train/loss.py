@@ -1,0 +1,62 @@
+"""Next-token loss whose logits never exist for the whole batch at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from hybridzoo.kernels.cross_entropy import cross_entropy
+from hybridzoo.layers import Sequence
+from hybridzoo.model import HybridLM
+from hybridzoo.train.data import IGNORE, Batch
+
+# logits at once: 128 MiB in fp32
+_MAX_LOGITS = 1 << 25
+
+
+def loss(
+    model: HybridLM, batch: Batch, n_targets: Tensor | int, *, max_logits: int = _MAX_LOGITS
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A batch's share of the loss of all `n_targets` labels of a step.
+
+        loss = sum over valid t of -log p(label[t]) / n_targets + aux * valid / n_targets
+
+    aux is what layers add (balance of experts). So the losses of a step's parts sum to that of
+    the whole, whatever is padding in which part.
+
+    Args:
+        model: its own device holds the batch.
+        batch: input_ids and labels, (b, l) int64, and perhaps cu_seqlens; labels -100 do not count.
+        n_targets: valid labels of the step.
+        max_logits: logits computed at once, again in the backward; changes memory, not the value.
+
+    Returns:
+        The loss, a scalar that has a gradient; and "nats", the summed negative log-likelihood,
+        "aux" and "n_targets" of this batch, scalars without one.
+    """
+    ids, labels = batch["input_ids"], batch["labels"].flatten()
+    aux: list[Tensor] = []
+    ctx = Sequence.build(
+        ids.shape[1],
+        cu_seqlens=batch.get("cu_seqlens"),
+        max_seqlen=batch.get("max_seqlen"),
+        aux=aux,
+    )
+    hidden = model.hidden(ids, None, ctx).flatten(0, 1)  # (t, d)
+    size = max(1, max_logits // model.config.vocab_size)
+    nats = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    for h, target in zip(hidden.split(size), labels.split(size), strict=True):
+        nats = nats + checkpoint(
+            _nats, model, h, target, use_reentrant=False, preserve_rng_state=False
+        )
+    n_here = (labels != IGNORE).sum()
+    extra = torch.stack(aux).sum() if aux else torch.zeros_like(nats)
+    total = (nats + extra * n_here) / n_targets
+    return total, {"nats": nats.detach(), "aux": extra.detach(), "n_targets": n_here}
+
+
+def _nats(model: HybridLM, hidden: Tensor, labels: Tensor) -> Tensor:
+    # the op gives a mean; a sum lets pieces of unequal counts add up
+    n = (labels != IGNORE).sum()
+    return cross_entropy(model.logits(hidden), labels, ignore_index=IGNORE) * n

@@ -1,0 +1,181 @@
+"""Checkpoints of a run: whole or absent, the last few kept, the newest intact one found again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hybridzoo.errors import CheckpointError
+
+_NAME = re.compile(r"step-(\d{8,})")
+_POINTER, _INFO, _HALF = "latest", "trainer.json", "tmp-"
+
+
+def write(
+    root: Path,
+    step: int,
+    save_model: Callable[[Path], None],
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    info: Mapping[str, Any],
+    *,
+    keep_last: int,
+) -> Path:
+    """Write `root/step-{step}/`, then point `root/latest` at it, then remove the oldest.
+
+    A kill at any moment leaves every checkpoint that `latest` ever named, but for those pruned.
+
+    Args:
+        root: directory of the run.
+        step: updates done.
+        save_model: writes the model as a native directory.
+        tensors: safetensors files beside the weights, by stem.
+        info: plain values; trainer.json holds them and the digest of every file.
+        keep_last: checkpoints kept, this one included.
+    """
+    final = root / name_of(step)
+    half = root / f"{_HALF}{final.name}"
+    _remove(half)
+    save_model(half)
+    for stem, mapping in tensors.items():
+        save_file({k: t.contiguous() for k, t in mapping.items()}, half / f"{stem}.safetensors")
+    files = {path.name: _digest(path) for path in sorted(half.iterdir())}
+    # last: a directory without it is not a checkpoint
+    text = json.dumps({**info, "step": step, "files": files}, indent=1)
+    (half / _INFO).write_text(text, encoding="utf-8")
+    for path in half.iterdir():
+        sync(path)
+    sync(half)
+    _remove(final)
+    half.rename(final)
+    replace_text(root / _POINTER, final.name + "\n")
+    for old in _directories(root)[keep_last:]:
+        _remove(old)
+    return final
+
+
+def name_of(step: int) -> str:
+    """Directory of the checkpoint after `step` updates."""
+    return f"step-{step:08d}"
+
+
+def newest(root: Path, notice: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that `latest` names, or the newest intact one before it; None where is none.
+
+    Args:
+        root: directory of the run.
+        notice: called with a sentence for every checkpoint that is passed over.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is intact.
+    """
+    found = _directories(root)
+    pointer = root / _POINTER
+    named = root / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
+    if named is not None and named not in found:
+        notice(f"{pointer}: it names {named.name}, which is not there; looking for another.")
+    # newer than the pointer: complete but for the pointer; a resume would write it again
+    candidates = [d for d in found if named not in found or d <= named]
+    reason = ""
+    for directory in candidates:
+        reason = why_broken(directory)
+        if not reason:
+            return directory, read_info(directory)
+        notice(f"{directory}: {reason}; taking the checkpoint before it.")
+    if found:
+        raise CheckpointError(
+            f"{root}: none of {len(found)} checkpoints is intact (the oldest: {reason}); a run "
+            "resumes from one. Train into another directory."
+        )
+    return None
+
+
+def why_broken(directory: Path) -> str:
+    """What is wrong with a checkpoint's files; empty where nothing is."""
+    if not (directory / _INFO).is_file():
+        return f"{_INFO} is missing"
+    try:
+        files = read_info(directory)["files"]
+    except (ValueError, KeyError, TypeError):
+        return f"{_INFO} is damaged"
+    for name, digest in files.items():
+        if not (directory / name).is_file():
+            return f"{name} is missing"
+        if _digest(directory / name) != digest:
+            return f"{name} is damaged"
+    return ""
+
+
+def read_info(directory: Path) -> dict[str, Any]:
+    """The plain values of a checkpoint."""
+    info: dict[str, Any] = json.loads((directory / _INFO).read_text(encoding="utf-8"))
+    return info
+
+
+def read_tensors(directory: Path, stem: str) -> dict[str, Tensor]:
+    """The tensors saved beside the weights under `stem`, on the CPU."""
+    tensors: dict[str, Tensor] = load_file(directory / f"{stem}.safetensors")
+    return tensors
+
+
+def remove_halves(root: Path) -> None:
+    """Delete what a killed run left half written."""
+    for path in root.glob(f"{_HALF}*"):
+        _remove(path)
+
+
+def has_any(root: Path) -> bool:
+    """Whether the directory holds checkpoints."""
+    return bool(_directories(root))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that it always holds its old or its new text."""
+    half = path.with_name(f"{_HALF}{path.name}")
+    half.write_text(text, encoding="utf-8")
+    sync(half)
+    half.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's or directory's content is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _directories(root: Path) -> list[Path]:
+    """Newest first; longer numbers are larger ones."""
+    return sorted(_named(root), key=lambda d: int(d.name.partition("-")[2]), reverse=True)
+
+
+def _named(root: Path) -> Iterator[Path]:
+    if root.is_dir():
+        yield from (d for d in root.iterdir() if d.is_dir() and _NAME.fullmatch(d.name))
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        # renamed first: a kill in the middle leaves nothing that looks like a checkpoint
+        gone = (
+            path if path.name.startswith(_HALF) else path.rename(path.with_name(_HALF + path.name))
+        )
+        shutil.rmtree(gone)
+    elif path.exists():
+        path.unlink()
