@@ -1,0 +1,29 @@
+"""Published model families: one file and one line a family."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from hybridzoo.checkpoint.convert.base import Family
+from hybridzoo.errors import CheckpointError
+from hybridzoo.options import suggest
+
+# config.json's model_type -> where its Family is.
+CONVERTERS = {
+    "jamba": "hybridzoo.checkpoint.convert.jamba:JAMBA",
+}
+# the model_type of our own directories.
+MODEL_TYPE = "hybridzoo"
+
+
+def family(model_type: object) -> Family:
+    """The family of a model_type; CheckpointError names the nearest and all that are known."""
+    if not isinstance(model_type, str) or model_type not in CONVERTERS:
+        known = [MODEL_TYPE, *sorted(CONVERTERS)]
+        raise CheckpointError(
+            f"unknown model_type ({model_type!r}); {suggest(str(model_type), known)}"
+            f"known: {', '.join(known)}. Convert it to one of these."
+        )
+    module, name = CONVERTERS[model_type].split(":")
+    found: Family = getattr(import_module(module), name)
+    return found

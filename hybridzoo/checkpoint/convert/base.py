@@ -1,0 +1,238 @@
+"""What a family file declares, and the one engine that reads and writes every family from it.
+
+A name template is where a parameter's stored tensors are called in the newest published dialect; a tuple of templates lists
+older spellings after it, and the first whose tensors are all in the file is used. In a template `{e}` counts along
+dimension 0 (one tensor an expert) and `{q,k,v}` names the parts of a fused parameter in the order of its cut.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from hybridzoo.checkpoint.io import INDEX_FILE, Layout, Reader, resolve
+from hybridzoo.checkpoint.layout import Block, Blocks, Source
+from hybridzoo.checkpoint.pickled import PickleReader
+from hybridzoo.checkpoint.shard import Shard, Spec
+from hybridzoo.config import Branch, HybridConfig, branch_prefix
+from hybridzoo.errors import CheckpointError
+from hybridzoo.layers import Param
+from hybridzoo.sharding import Split
+
+# hyperparameters of ours that no family spells: they shape training or rounding, not the function.
+_NOT_THE_FUNCTION = {"dt_min", "dt_max", "dt_init_floor", "aux_loss", "z_loss", "router_fp32"}
+# widths that may be given or derived: they are compared by what they come to.
+_DERIVED = {"expand", "d_inner", "dt_rank", "n_kv_heads", "head_dim"}
+
+# files whose text an export writes back.
+_TEXTS = ("config.json", "generation_config.json", INDEX_FILE)
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A template whose stored tensor has a dimension of one, as torch's Conv1d keeps depthwise weights: (i, 1, w)."""
+
+    template: str
+
+
+Template = str | Conv
+Names = Mapping[str, Template | tuple[Template, ...]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One published family.
+
+    Attributes:
+        model_type: as in its config.json.
+        read: the keys of config.json -> the architecture; ConfigError or CheckpointError on what it cannot mean.
+        write: the architecture -> the newest dialect's keys; CheckpointError on what it cannot say.
+        layer: prefix of a published layer's tensors, `{}` for its number.
+        norms: names, after that prefix, of the norm before each of a published layer's sublayers.
+        kinds: kind -> parameter -> its template after that prefix.
+        top: embed.weight, norm.weight, head.weight -> template.
+        ignored: regular expression of tensors that carry no weights.
+    """
+
+    model_type: str
+    read: Callable[[Mapping[str, Any]], HybridConfig]
+    write: Callable[[HybridConfig], dict[str, Any]]
+    layer: str
+    norms: tuple[Template | tuple[Template, ...], ...]
+    kinds: Mapping[str, Names]
+    top: Names
+    ignored: str = field(default=r"(?!)")
+
+    def blocks(
+        self, config: HybridConfig, available: Container[str] | None = None
+    ) -> dict[str, list[Block]]:
+        """For each parameter its stored tensors, spelled as in `available`, or as in the newest dialect."""
+        found = {}
+        for name, template, prefix, p in self._templates(config):
+            spellings = template if isinstance(template, tuple) else (template,)
+            tried = [_expand(s, prefix, p) for s in spellings]
+            fits = (t for t in tried if available is None or all(b.name in available for b in t))
+            found[name] = next(fits, tried[0])
+        head = _expand(self.top["head.weight"], "", dict(config.params())["embed.weight"])
+        if config.tie_embeddings and available is not None and head[0].name in available:
+            # a tied head written out all the same: one parameter, two tensors.
+            found["embed.weight"] += head
+        return found
+
+    def _templates(self, config: HybridConfig) -> Iterator[tuple[str, Any, str, Param]]:
+        params = dict(config.params())
+        for name, template in self.top.items():
+            if name in params:
+                yield name, template, "", params[name]
+        for i, place in enumerate(config.places):
+            layer, sublayer = divmod(i, len(self.norms))
+            prefix = self.layer.format(layer)
+            norm = f"blocks.{i}.norm.weight"
+            yield norm, self.norms[sublayer], prefix, params[norm]
+            for branch in place:
+                start = branch_prefix(i, branch.letter, len(place) > 1)
+                for own, p in branch.config.params(config.d_model).items():
+                    yield start + own, self.kinds[branch.config.kind][own], prefix, p
+
+
+def _expand(template: Template, prefix: str, p: Param) -> list[Block]:
+    """The stored tensors of one parameter."""
+    text = prefix + (template.template if isinstance(template, Conv) else template)
+    spread = "{e}" in text
+    parts = re.search(r"\{(\w+(?:,\w+)+)\}", text)
+    rows = [(e, (e, e + 1)) for e in range(p.shape[0])] if spread else [(0, (0, p.shape[0]))]
+    columns = [("", 0, (0, p.shape[0]))]
+    if parts:
+        assert isinstance(p.cut, Split)
+        ends = list(itertools.accumulate((part.width for part in p.cut.parts), initial=0))
+        columns = [
+            (part, p.cut.dim, span)
+            for part, span in zip(parts[1].split(","), itertools.pairwise(ends), strict=True)
+        ]
+    blocks = []
+    for e, row in rows:
+        for part, dim, span in columns:
+            box = [(0, n) for n in p.shape]
+            box[dim] = span
+            if spread:
+                box[0] = row
+            name = text.replace("{e}", str(e)).replace(parts[0] if parts else "{}", part)
+            shape = [b - a for a, b in box][1 if spread else 0 :]
+            if isinstance(template, Conv):
+                shape.insert(1, 1)
+            blocks.append(Block(name, tuple(box), tuple(shape)))
+    return blocks
+
+
+def compact(groups: list[str]) -> str:
+    """A pattern for groups of letters, with repeats written as counts: ["MF", "AF"] * 2 -> "2(MF AF)"."""
+    n = len(groups)
+    period = next(p for p in range(1, n + 1) if n % p == 0 and groups == groups[:p] * (n // p))
+    runs = [(group, len(list(run))) for group, run in itertools.groupby(groups[:period])]
+    words = [g if k == 1 else f"{k}{g}" if len(g) == 1 else f"{k}({g})" for g, k in runs]
+    inner = " ".join(words)
+    return inner if period == n else f"{n // period}({inner})"
+
+
+def open_family(family: Family, config: HybridConfig, reader: Reader | PickleReader) -> Source:
+    """A published directory as canonical parameters; its config remembers the files for a byte-identical export."""
+    specs = reader.specs
+    blocks = family.blocks(config, specs)
+    ignored = {name for name in specs if re.fullmatch(family.ignored, name)}
+    config = config.with_options(source_layout=_record(family, reader))
+    source = Source(config, reader, blocks, ignored)
+    for copy in blocks["embed.weight"][1:]:
+        first = blocks["embed.weight"][0].name
+        if not torch.equal(reader.view(copy.name), reader.view(first)):
+            raise CheckpointError(
+                f"{reader.directory}: {copy.name} differs from {first}, but config.json ties them; tied weights are one. "
+                "Set tie_word_embeddings to false."
+            )
+    return source
+
+
+def _record(family: Family, reader: Reader | PickleReader) -> dict[str, Any]:
+    """source_layout: which files hold what in which order and dtype, and the texts beside them."""
+    texts = {}
+    for name in _TEXTS:
+        path = resolve(reader.directory, name)
+        # an index that transformers would spell alike is written again rather than remembered.
+        if path.is_file() and (
+            name != INDEX_FILE or path.read_bytes() != reader.layout.index_text().encode()
+        ):
+            texts[name] = path.read_bytes().decode()
+    files = [
+        {
+            "file": file,
+            "tensors": {name: spec.dtype for name, spec in shard.tensors.items()},
+            "metadata": shard.metadata,
+            # kept only where its spelling is unusual.
+            "header": shard.header.decode() if shard.header else None,
+        }
+        for file, shard in reader.layout.files.items()
+    ]
+    index = reader.layout.index
+    return {"family": family.model_type, "files": files, "index": index, "texts": texts}
+
+
+def recorded_layout(config: HybridConfig, blocks: Blocks) -> Layout | None:
+    """The files that a config's source had; None when they do not hold exactly the tensors of `blocks`."""
+    assert config.source_layout is not None
+    shapes = {b.name: b.shape for cut in blocks.values() for b in cut}
+    entries = config.source_layout["files"]
+    if {name for entry in entries for name in entry["tensors"]} != shapes.keys():
+        return None
+    files = {
+        entry["file"]: Shard(
+            {name: Spec(dtype, shapes[name]) for name, dtype in entry["tensors"].items()},
+            entry["metadata"],
+            entry["header"].encode() if entry["header"] else None,
+        )
+        for entry in entries
+    }
+    return Layout(files, config.source_layout["index"])
+
+
+def published_config(family: Family, config: HybridConfig, dtype: str) -> dict[str, Any]:
+    """The family's config.json of an architecture; CheckpointError where the family cannot express it."""
+    published = family.write(config)
+    unsaid = differences(config, family.read(published))
+    if unsaid:
+        raise CheckpointError(
+            f"{family.model_type}: cannot express {', '.join(unsaid)} of this config; its config.json has no such key. "
+            "Save in the native layout."
+        )
+    return {**published, "dtype": dtype}
+
+
+def differences(ours: HybridConfig, theirs: HybridConfig) -> list[str]:
+    """Where two configs compute different functions; empty when they are one architecture."""
+    fields = ("d_model", "vocab_size", "norm_eps", "tie_embeddings", "residual_multiplier",
+              "embedding_multiplier", "logits_multiplier", "eos_token_id")  # fmt: skip
+    found = [f for f in fields if getattr(ours, f) != getattr(theirs, f)]
+    if len(ours.places) != len(theirs.places):
+        return [*found, "pattern"]
+    for i, (a, b) in enumerate(zip(ours.places, theirs.places, strict=True)):
+        for x, y in itertools.zip_longest(_functions(a, ours), _functions(b, theirs)):
+            if x is None or y is None or x["kind"] != y["kind"]:
+                return [*found, f"pattern (place {i})"]
+            found += [f"blocks.{i}.{key}" for key in x if x[key] != y[key]]
+    return found
+
+
+def _functions(place: tuple[Branch, ...], config: HybridConfig) -> list[dict[str, Any]]:
+    """The options of a place's layers that shape its function, widths resolved."""
+    found = []
+    for branch in place:
+        options = asdict(branch.config)
+        shapes = {k: p.shape for k, p in branch.config.params(config.d_model).items()}
+        if options.get("x_norm") == "none":
+            options.pop("norm_eps")
+        kept = {k: v for k, v in options.items() if k not in _NOT_THE_FUNCTION | _DERIVED}
+        found.append({"kind": branch.config.kind, "shapes": shapes, **kept})
+    return found

@@ -1,0 +1,218 @@
+"""From stored tensors to a model's parameters and back: through blocks (how files cut a parameter) and cuts (how ranks do)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hybridzoo.checkpoint.io import Reader
+from hybridzoo.checkpoint.pickled import PickleReader
+from hybridzoo.checkpoint.shard import DTYPE_NAMES, DTYPES, Spec
+from hybridzoo.config import HybridConfig
+from hybridzoo.errors import CheckpointError
+from hybridzoo.model import HybridLM
+from hybridzoo.sharding import Replicate
+
+_WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One stored tensor and the box of a canonical parameter that it holds.
+
+    Attributes:
+        name: the stored tensor.
+        box: (start, stop) of every dimension of the parameter.
+        shape: the stored shape; the box's, up to dimensions of size one.
+    """
+
+    name: str
+    box: tuple[tuple[int, int], ...]
+    shape: tuple[int, ...]
+
+    def cut(self, full: Tensor) -> Tensor:
+        """The stored tensor out of the whole parameter; a view where it can be."""
+        for dim, (start, stop) in enumerate(self.box):
+            full = full.narrow(dim, start, stop - start)
+        return full.reshape(self.shape)
+
+
+Blocks = Mapping[str, Sequence[Block]]
+Fetch = Callable[[str], Tensor]
+
+
+def whole(config: HybridConfig) -> dict[str, list[Block]]:
+    """The native layout: every parameter in one tensor of its own name."""
+    return {
+        name: [Block(name, tuple((0, n) for n in p.shape), p.shape)] for name, p in config.params()
+    }
+
+
+class Source:
+    """A checkpoint on disk, seen as canonical parameters.
+
+    Args:
+        config: the architecture; every parameter of it must be there in full.
+        reader: the files.
+        blocks: which stored tensors make up each parameter.
+        ignored: stored tensors that belong to no parameter.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected, or of another shape or kind; nothing was allocated.
+    """
+
+    def __init__(
+        self,
+        config: HybridConfig,
+        reader: Reader | PickleReader,
+        blocks: Blocks,
+        ignored: set[str] | None = None,
+    ) -> None:
+        self.config, self.reader, self.blocks = config, reader, blocks
+        self.params = dict(config.params())
+        self._check(ignored or set())
+        # a fused parameter's pieces follow each other in a file's order: two parameters interleave at most.
+        self.fetch: Fetch = lru_cache(2)(self._fetch)
+
+    def dtype(self, name: str) -> str:
+        """Stored dtype of a parameter: the widest of its pieces."""
+        stored = {self.reader.specs[b.name].dtype for b in self.blocks[name]}
+        return max(stored, key=lambda d: (DTYPES[d].itemsize, d))
+
+    def main_dtype(self) -> torch.dtype:
+        """The dtype of most elements, parameters that are always fp32 aside."""
+        count: Counter[str] = Counter()
+        for name, p in self.params.items():
+            if not p.fp32:
+                count[self.dtype(name)] += prod(p.shape)
+        return DTYPES[count.most_common(1)[0][0]]
+
+    def read_into(
+        self, target: Tensor, name: str, dim: int = 0, spans: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        """Copy a parameter, or its (start, stop) slices along `dim` one after the other, into `target`; reads no more."""
+        at = 0
+        for start, stop in spans or [(0, self.params[name].shape[dim])]:
+            for block in self.blocks[name]:
+                lo, hi = max(block.box[dim][0], start), min(block.box[dim][1], stop)
+                if lo >= hi:
+                    continue
+                piece = self.reader.view(block.name).view([b - a for a, b in block.box])
+                place = target
+                for d, (a, b) in enumerate(block.box):
+                    place = place.narrow(
+                        d, *((at + lo - start, hi - lo) if d == dim else (a, b - a))
+                    )
+                place.copy_(piece.narrow(dim, lo - block.box[dim][0], hi - lo))
+            at += stop - start
+
+    def _fetch(self, name: str) -> Tensor:
+        if len(self.blocks[name]) == 1:
+            return self.reader.view(self.blocks[name][0].name).view(self.params[name].shape)
+        full = torch.empty(self.params[name].shape, dtype=DTYPES[self.dtype(name)])
+        self.read_into(full, name)
+        return full
+
+    def _check(self, ignored: set[str]) -> None:
+        specs = self.reader.specs
+        used = {b.name for blocks in self.blocks.values() for b in blocks}
+        where = self.reader.directory
+        if missing := sorted(used - specs.keys()):
+            raise CheckpointError(
+                f"{where}: {_some(missing)} missing; the config needs every parameter. Is this config.json these weights'?"
+            )
+        if unexpected := sorted(specs.keys() - used - ignored):
+            raise CheckpointError(
+                f"{where}: {_some(unexpected)} not in the config; every tensor must have its place. "
+                "Is this config.json these weights'?"
+            )
+        for blocks in self.blocks.values():
+            for block in blocks:
+                spec, file = specs[block.name], self.reader.file_of
+                if spec.shape != block.shape:
+                    raise CheckpointError(
+                        f"{where / file(block.name)}: {block.name} is {spec.shape}, the config wants {block.shape}. "
+                        "Is this config.json these weights'?"
+                    )
+                if spec.dtype not in _WEIGHT_DTYPES:
+                    raise CheckpointError(
+                        f"{where / file(block.name)}: {block.name} is {spec.dtype}; weights are one of "
+                        f"{', '.join(_WEIGHT_DTYPES)}. Use an unquantised checkpoint."
+                    )
+
+
+@torch.no_grad()
+def load_into(model: HybridLM, source: Source) -> None:
+    """Fill a model's parameters from a checkpoint, each rank reading its own slices, in each parameter's dtype."""
+    tp = model.parallel.tp
+    for name, p, pieces in model.local_names():
+        # the first piece has the parameter's own name, in the terms of its layer.
+        own = next(iter(pieces))
+        for piece, local in pieces.items():
+            target = model.get_parameter(local)
+            if isinstance(p.cut, Replicate):
+                source.read_into(target, name)
+            else:
+                spans = p.cut.ranges(own, tp.world, tp.rank)[piece]
+                source.read_into(target, name, p.cut.dim, spans)
+
+
+def gather(model: HybridLM) -> Iterator[tuple[str, Tensor]]:
+    """Every canonical parameter in full, a tied one once; under tensor parallelism complete on rank 0 only."""
+    gathered = Gathered(model)
+    for name in gathered.params:
+        yield name, gathered.fetch(name)
+
+
+class Gathered:
+    """Canonical parameters of a model by name; under tensor parallelism every rank must ask for the same ones in turn."""
+
+    def __init__(self, model: HybridLM) -> None:
+        self.model, self.config = model, model.config
+        self.table = {name: (p, pieces) for name, p, pieces in model.local_names()}
+        self.params = {name: p for name, (p, _) in self.table.items()}
+        self.fetch: Fetch = lru_cache(2)(self._fetch)
+
+    def dtype(self, name: str) -> str:
+        """Dtype of a parameter in the model."""
+        local = next(iter(self.table[name][1].values()))
+        return DTYPE_NAMES[self.model.get_parameter(local).dtype]
+
+    def _fetch(self, name: str) -> Tensor:
+        p, pieces = self.table[name]
+        tp = self.model.parallel.tp
+        mine = {piece: self.model.get_parameter(local).detach() for piece, local in pieces.items()}
+        own = next(iter(pieces))
+        if tp.world == 1:
+            return mine[own]
+        shards: list[dict[str, Tensor]] = [{} for _ in range(tp.world)]
+        for piece, tensor in mine.items():
+            copies = [torch.empty_like(tensor) for _ in shards] if tp.rank == 0 else None
+            dist.gather(tensor.contiguous(), copies, group=tp.group, group_dst=0)
+            for shard, copy in zip(shards, copies or [], strict=False):
+                shard[piece] = copy
+        return p.cut.join(own, shards) if tp.rank == 0 else mine[own].new_empty(p.shape)
+
+
+def _some(names: list[str]) -> str:
+    """The first few names and how many more there are, with the verb."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more} {'are' if len(names) > 1 else 'is'}"
+
+
+def unfused(fetch: Fetch, blocks: Blocks) -> Fetch:
+    """By stored name: each parameter's pieces out of the whole."""
+    home = {b.name: (name, b) for name, cut in blocks.items() for b in cut}
+
+    def stored(name: str) -> Tensor:
+        canonical, block = home[name]
+        return block.cut(fetch(canonical))
+
+    return stored

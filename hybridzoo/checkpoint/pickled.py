@@ -1,0 +1,75 @@
+"""PyTorch pickles (.bin, .pt), for `hybridzoo convert --from-pickle` alone: loading a model never unpickles anything."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hybridzoo.checkpoint.io import Layout, plan
+from hybridzoo.checkpoint.shard import DTYPE_NAMES, Spec
+from hybridzoo.errors import CheckpointError
+
+_SUFFIXES = (".bin", ".pt", ".pth")
+
+
+class PickleReader:
+    """A directory's pickled tensors, seen like Reader; only tensors are unpickled (weights_only), mapped from disk.
+
+    Attributes:
+        directory: where the files are.
+        layout: the safetensors files that these tensors are exported to.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        paths = sorted(p for p in directory.iterdir() if p.suffix in _SUFFIXES)
+        # a training run's arguments and optimizer are no weights.
+        paths = [p for p in paths if p.stem not in ("training_args", "optimizer", "scheduler")]
+        if not paths:
+            raise CheckpointError(
+                f"{directory}: no pickled weights; expected files ending in {', '.join(_SUFFIXES)}. "
+                "Convert safetensors without --from-pickle."
+            )
+        self._tensors: dict[str, Tensor] = {}
+        self._files: dict[str, str] = {}
+        for path in paths:
+            self._add(path)
+        self.layout: Layout = plan(self.specs)
+
+    @property
+    def specs(self) -> dict[str, Spec]:
+        """Dtype and shape of every tensor."""
+        return {n: Spec(DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in self._tensors.items()}
+
+    def file_of(self, name: str) -> str:
+        """The file that holds a tensor, for messages."""
+        return self._files[name]
+
+    def view(self, name: str) -> Tensor:
+        """The tensor."""
+        return self._tensors[name]
+
+    def _add(self, path: Path) -> None:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            raise CheckpointError(
+                f"{path}: not a pickle of plain tensors ({str(error).splitlines()[0]}); nothing else is unpickled. "
+                "Get safetensors."
+            ) from None
+        if not isinstance(content, dict) or not all(
+            isinstance(v, Tensor) for v in content.values()
+        ):
+            raise CheckpointError(
+                f"{path}: not a mapping of names to tensors; a state dict is one. Save model.state_dict() alone."
+            )
+        for name, tensor in content.items():
+            if name in self._files or tensor.dtype not in DTYPE_NAMES:
+                raise CheckpointError(
+                    f"{path}: {name} ({tensor.dtype}) is there twice, or of a dtype that safetensors lacks; each tensor "
+                    "is in one file. Remove one."
+                )
+            self._tensors[name], self._files[name] = tensor.contiguous(), path.name

@@ -1,0 +1,216 @@
+"""One safetensors file: 8 bytes of header length, a JSON header, the tensors' bytes; every rule checked on opening."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import warnings
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from hybridzoo.errors import CheckpointError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER = 100_000_000
+
+# what a file that is not safetensors begins with -> what it is and the way out.
+_DISGUISES = {
+    b"version https://git-lfs": (
+        "a git-lfs pointer, not weights",
+        "Run `git lfs pull` in its repository.",
+    ),
+    b"<!doctype": ("a web page, not weights", "Download the file itself."),
+    b"<html": ("a web page, not weights", "Download the file itself."),
+    b"pk\x03\x04": (
+        "a zip file (a PyTorch pickle)",
+        "Rewrite it once with `hybridzoo convert --from-pickle`.",
+    ),
+    b"\x80\x02": ("a pickle", "Rewrite it once with `hybridzoo convert --from-pickle`."),
+    b"\x80\x04": ("a pickle", "Rewrite it once with `hybridzoo convert --from-pickle`."),
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Dtype, in safetensors' spelling, and shape of a stored tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the tensor."""
+        return prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+@dataclass
+class Shard:
+    """One file's tensors.
+
+    Attributes:
+        tensors: name -> dtype and shape, in the order of their bytes.
+        metadata: the header's `__metadata__`.
+        header: the header's bytes, where they are not the usual spelling of the two above.
+    """
+
+    tensors: dict[str, Spec]
+    metadata: dict[str, str] = field(default_factory=lambda: {"format": "pt"})
+    header: bytes | None = None
+    _bytes: mmap.mmap | None = field(default=None, repr=False, compare=False)
+    _starts: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
+
+    def view(self, name: str) -> Tensor:
+        """The tensor in the mapped file; read-only memory."""
+        assert self._bytes is not None
+        spec, dtype = self.tensors[name], DTYPES[self.tensors[name].dtype]
+        if not spec.n_bytes:
+            return torch.zeros(spec.shape, dtype=dtype)
+        offset = self._starts[name]
+        with warnings.catch_warnings():
+            # torch warns that the memory is read-only, which is the point.
+            warnings.filterwarnings("ignore", "The given buffer is not writable")
+            if offset % dtype.itemsize == 0:
+                n = prod(spec.shape)
+                return torch.frombuffer(self._bytes, dtype=dtype, count=n, offset=offset).view(
+                    spec.shape
+                )
+            raw = torch.frombuffer(
+                self._bytes, dtype=torch.uint8, count=spec.n_bytes, offset=offset
+            )
+        # a file may place a tensor at any byte; torch may not read it there.
+        return raw.clone().view(dtype).view(spec.shape)
+
+
+def render_header(shard: Shard) -> bytes:
+    """Length and JSON, padded with spaces to a multiple of 8, as the safetensors library writes them."""
+    if shard.header is not None:
+        return len(shard.header).to_bytes(8, "little") + shard.header
+    entries: dict[str, Any] = {"__metadata__": shard.metadata} if shard.metadata else {}
+    end = 0
+    for name, spec in shard.tensors.items():
+        start, end = end, end + spec.n_bytes
+        entries[name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def open_shard(path: Path) -> Shard:
+    """Map a file and check its header against its size; CheckpointError names the file, what it is and the way out."""
+    size = path.stat().st_size
+    if size < 8:
+        raise _refuse(path, f"{size} bytes", "a safetensors file has a header")
+    with open(path, "rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    _refuse_disguise(path, data[:32])
+    n = int.from_bytes(data[:8], "little")
+    if n > MAX_HEADER:
+        raise _refuse(path, f"a header of {n} bytes", f"no header exceeds {MAX_HEADER}")
+    if 8 + n > size:
+        raise _refuse(path, f"truncated ({size} bytes)", f"its header alone has {n}")
+    raw = data[8 : 8 + n]
+    entries = _parse(path, raw)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise _refuse(path, f"metadata {metadata!r}", "metadata is an object of strings")
+    spans = {name: _entry(path, name, entry) for name, entry in entries.items()}
+    ordered = sorted(spans, key=lambda name: spans[name][1:])
+    end = 0
+    for name in ordered:
+        _, start, stop = spans[name]
+        if start != end:
+            what = "overlaps the tensor before it" if start < end else "follows a hole"
+            raise _refuse(path, f"{name} {what} (byte {start})", "tensors lie end to end")
+        end = stop
+    if 8 + n + end != size:
+        kind = "truncated" if 8 + n + end > size else "trailing bytes"
+        raise _refuse(path, f"{kind} ({size} bytes)", f"its header promises {8 + n + end}")
+    shard = Shard({name: spans[name][0] for name in ordered}, metadata)
+    shard._bytes = data
+    shard._starts = {name: 8 + n + spans[name][1] for name in ordered}
+    if render_header(shard)[8:] != raw:
+        shard.header = raw
+    return shard
+
+
+def _parse(path: Path, raw: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise _refuse(path, f"{key} is there twice", "names are unique")
+            found[key] = value
+        return found
+
+    try:
+        entries = json.loads(raw, object_pairs_hook=unique)
+    except ValueError as error:
+        raise _refuse(path, f"a header that is not JSON ({error})", "it must be") from None
+    if not isinstance(entries, dict):
+        raise _refuse(path, f"a header that is a {type(entries).__name__}", "it is an object")
+    return entries
+
+
+def _entry(path: Path, name: str, entry: Any) -> tuple[Spec, int, int]:
+    """Spec, first byte and end of one tensor."""
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = (fields.get(k) for k in ("dtype", "shape", "data_offsets"))
+
+    if dtype not in DTYPES:
+        raise _refuse(path, f"{name} has dtype {dtype!r}", f"known are {', '.join(DTYPES)}")
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
+        raise _refuse(
+            path,
+            f"{name} has shape {shape} and offsets {offsets}",
+            "both are lists of whole numbers >= 0",
+        )
+    spec = Spec(dtype, tuple(shape))
+    if offsets[1] - offsets[0] != spec.n_bytes:
+        raise _refuse(
+            path,
+            f"{name} spans {offsets[1] - offsets[0]} bytes",
+            f"{dtype} {shape} has {spec.n_bytes}",
+        )
+    return spec, offsets[0], offsets[1]
+
+
+def _naturals(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
+
+
+def _refuse_disguise(path: Path, start: bytes) -> None:
+    # the first 8 bytes of a safetensors file are a length below MAX_HEADER: none of these texts can be one.
+    for magic, (what, way_out) in _DISGUISES.items():
+        if start.lstrip().lower().startswith(magic) and int.from_bytes(start[:8], "little") > (
+            MAX_HEADER
+        ):
+            raise CheckpointError(f"{path}: {what}; expected the safetensors format. {way_out}")
+
+
+def _refuse(path: Path, what: str, rule: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {what}; {rule}, so this is not a whole safetensors file. Download it again."
+    )
