@@ -83,11 +83,22 @@ def run_fwd_bwd(function, call, backend=None):
     return {name: t.detach().cpu().double() for name, t in found.items()}
 
 
-def run_rounded(function, call, dtype):
-    """The reference in fp32 with matrix products of rounded operands, then rounded results."""
+def check_backend(function, naive, backend, call, dtype):
+    """Judge one backend of an op against its oracle in float64, or skip with its reason.
+
+    The baseline is the reference with rounded operands, which a float64 test holds to the oracle;
+    the reference itself has the oracle for a baseline, or it would be its own judge.
+    """
+    skip_unless_supported(function, backend, call)
+    truth = run_fwd_bwd(naive, call.to(torch.float64))
     with RoundOperands(dtype):
-        found = run_fwd_bwd(function, call.to(torch.float32), "reference")
-    return {name: t.to(dtype).double() for name, t in found.items()}
+        wide = call.to(torch.float32)
+        if backend == "reference":
+            same_dtype = run_fwd_bwd(naive, wide)
+        else:
+            same_dtype = run_fwd_bwd(function, wide, "reference")
+    same_dtype = {name: t.to(dtype).double() for name, t in same_dtype.items()}
+    assert_within(run_fwd_bwd(function, call, backend), same_dtype, truth, dtype)
 
 
 def assert_within(got, same_dtype, truth, dtype, factor=2.0):

@@ -10,12 +10,10 @@ from hybridzoo.kernels.attention import attention, flash_attn
 from tests.kernels.compare import (
     Call,
     assert_same,
-    assert_within,
+    check_backend,
     pack,
     randn,
     run_fwd_bwd,
-    run_rounded,
-    skip_unless_supported,
 )
 
 # name: batch, queries, keys, options
@@ -82,10 +80,7 @@ def naive(
 @pytest.mark.parametrize("backend", attention.op.backends)
 def test_backend_is_the_softmax(backend, mode, dtype, device):
     call = attention_inputs(mode, dtype, device)
-    skip_unless_supported(attention, backend, call)
-    truth = run_fwd_bwd(naive, call.to(torch.float64))
-    same_dtype = run_rounded(attention, call, dtype)
-    assert_within(run_fwd_bwd(attention, call, backend), same_dtype, truth, dtype)
+    check_backend(attention, naive, backend, call, dtype)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -9,11 +9,9 @@ from hybridzoo.kernels.gated_rms_norm import gated_rms_norm
 from tests.kernels.compare import (
     Call,
     assert_same,
-    assert_within,
+    check_backend,
     randn,
     run_fwd_bwd,
-    run_rounded,
-    skip_unless_supported,
 )
 
 EPS = 0.1  # large enough to show in every value
@@ -47,10 +45,7 @@ def naive(x, z, weight, *, eps, group_size=None, norm_before_gate=False):
 @pytest.mark.parametrize("backend", gated_rms_norm.op.backends)
 def test_backend_is_the_formula(backend, dtype, group_size, norm_before_gate, device):
     call = norm_inputs(dtype, device, group_size=group_size, norm_before_gate=norm_before_gate)
-    skip_unless_supported(gated_rms_norm, backend, call)
-    truth = run_fwd_bwd(naive, call.to(torch.float64))
-    same_dtype = run_rounded(gated_rms_norm, call, dtype)
-    assert_within(run_fwd_bwd(gated_rms_norm, call, backend), same_dtype, truth, dtype)
+    check_backend(gated_rms_norm, naive, backend, call, dtype)
 
 
 @pytest.mark.parametrize("norm_before_gate", [False, True], ids=["gate-norm", "norm-gate"])

@@ -7,11 +7,9 @@ from hybridzoo.kernels.rms_norm import rms_norm
 from tests.kernels.compare import (
     Call,
     assert_same,
-    assert_within,
+    check_backend,
     randn,
     run_fwd_bwd,
-    run_rounded,
-    skip_unless_supported,
 )
 
 EPS = 0.1  # large enough to show in every value
@@ -40,10 +38,7 @@ def naive(x, weight=None, residual=None, *, eps):
 @pytest.mark.parametrize("backend", rms_norm.op.backends)
 def test_backend_is_the_formula(backend, dtype, residual, device):
     call = norm_inputs(dtype, device, residual)
-    skip_unless_supported(rms_norm, backend, call)
-    truth = run_fwd_bwd(naive, call.to(torch.float64))
-    same_dtype = run_rounded(rms_norm, call, dtype)
-    assert_within(run_fwd_bwd(rms_norm, call, backend), same_dtype, truth, dtype)
+    check_backend(rms_norm, naive, backend, call, dtype)
 
 
 @pytest.mark.parametrize("residual", [None, torch.float64], ids=["plain", "residual"])

@@ -11,11 +11,10 @@ from tests.kernels.compare import (
     Call,
     assert_same,
     assert_within,
+    check_backend,
     pack,
     randn,
     run_fwd_bwd,
-    run_rounded,
-    skip_unless_supported,
 )
 from tests.kernels.oracles import naive_selective_scan
 
@@ -66,10 +65,7 @@ def small_blocks(monkeypatch):
 @pytest.mark.parametrize("backend", selective_scan.op.backends)
 def test_backend_is_the_recurrence(backend, shape, dtype, has_state, device):
     call = scan_inputs(shape, dtype, device, has_state)
-    skip_unless_supported(selective_scan, backend, call)
-    truth = run_fwd_bwd(naive_selective_scan, call.to(torch.float64))
-    same_dtype = run_rounded(selective_scan, call, dtype)
-    assert_within(run_fwd_bwd(selective_scan, call, backend), same_dtype, truth, dtype)
+    check_backend(selective_scan, naive_selective_scan, backend, call, dtype)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -118,6 +114,21 @@ def test_adjoint_is_the_derivative(small_blocks, call):
         return selective_scan(**call.having(**dict(zip(leaves, tensors, strict=True))).arguments)
 
     assert torch.autograd.gradcheck(function, tuple(leaves.values()), atol=1e-6)
+
+
+@pytest.mark.parametrize("dt_softplus", [False, True], ids=["raw", "softplus"])
+def test_steps_are_clamped_after_softplus(dt_softplus):
+    call = scan_inputs((2, 9, 4, 2, 3)).having(dt_limit=(0.3, 1.1), dt_softplus=dt_softplus)
+    assert_same(run_fwd_bwd(selective_scan, call), run_fwd_bwd(naive_selective_scan, call))
+
+
+def test_softplus_is_exact_at_large_steps():
+    """A softplus that turns linear at 20 is 2e-9 off there."""
+    call = scan_inputs((2, 9, 4, 2, 3))
+    call = call.having(dt=call.arguments["dt"] + 20.0, A=call.arguments["A"] * 0.01)
+    assert_same(
+        run_fwd_bwd(selective_scan, call), run_fwd_bwd(naive_selective_scan, call), tolerance=1e-10
+    )
 
 
 @pytest.mark.parametrize("dt", [-30.0, 30.0], ids=["frozen", "forgetting"])

@@ -9,11 +9,10 @@ from tests.kernels.compare import (
     Call,
     assert_same,
     assert_within,
+    check_backend,
     pack,
     randn,
     run_fwd_bwd,
-    run_rounded,
-    skip_unless_supported,
 )
 from tests.kernels.oracles import naive_ssd
 
@@ -58,10 +57,7 @@ def packed_inputs(lengths, has_state=True, chunk_size=16):
 @pytest.mark.parametrize("backend", ssd.op.backends)
 def test_backend_is_the_recurrence(backend, shape, dtype, has_state, device):
     call = ssd_inputs(shape, dtype, device, has_state)
-    skip_unless_supported(ssd, backend, call)
-    truth = run_fwd_bwd(naive_ssd, call.to(torch.float64))
-    same_dtype = run_rounded(ssd, call, dtype)
-    assert_within(run_fwd_bwd(ssd, call, backend), same_dtype, truth, dtype)
+    check_backend(ssd, naive_ssd, backend, call, dtype)
 
 
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 97])
@@ -121,6 +117,19 @@ def test_gradients_are_the_derivatives(call):
         return ssd(**call.having(**dict(zip(leaves, tensors, strict=True))).arguments)
 
     assert torch.autograd.gradcheck(function, tuple(leaves.values()), atol=1e-6)
+
+
+@pytest.mark.parametrize("dt_softplus", [False, True], ids=["raw", "softplus"])
+def test_steps_are_clamped_after_softplus(dt_softplus):
+    call = ssd_inputs((2, 9, 4, 3, 2, 5, 4)).having(dt_limit=(0.3, 1.1), dt_softplus=dt_softplus)
+    assert_same(run_fwd_bwd(ssd, call), run_fwd_bwd(naive_ssd, call))
+
+
+def test_softplus_is_exact_at_large_steps():
+    """A softplus that turns linear at 20 is 2e-9 off there."""
+    call = ssd_inputs((2, 9, 4, 3, 2, 5, 4))
+    call = call.having(dt=call.arguments["dt"] + 20.0, A=call.arguments["A"] * 0.01)
+    assert_same(run_fwd_bwd(ssd, call), run_fwd_bwd(naive_ssd, call), 1e-10)
 
 
 @pytest.mark.parametrize("dt", [-30.0, 30.0], ids=["frozen", "forgetting"])
