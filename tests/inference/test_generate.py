@@ -84,15 +84,16 @@ def test_sampling_is_sample_on_the_logits_of_a_full_forward(model, prompt):
 
 
 def test_repetition_penalty_sees_the_prompt_and_the_new_ids_but_no_padding(model, prompt):
-    ids, mask = padded([prompt[0], prompt[1, :4]])
+    rows = [prompt[0], prompt[1, :4]]
     options = {"max_new_tokens": 30, "temperature": 0, "repetition_penalty": 1e6}
-    got = generate(model, ids, attention_mask=mask, **options)
-    for row, own in zip(got, [prompt[0], prompt[1, :4]], strict=True):
-        new = row[11:].tolist()
+    alone = [generate(model, row[None], **options)[0, len(row) :].tolist() for row in rows]
+    # the padding is the very id that its row will choose first
+    ids, mask = padded(rows, fill=alone[1][0])
+    got = generate(model, ids, attention_mask=mask, **options)[:, 11:].tolist()
+    assert got == alone
+    for new, row in zip(got, rows, strict=True):
         assert len(set(new)) == 30
-        assert not set(new) & set(own.tolist())
-        alone = generate(model, own[None], **options)
-        assert new == alone[0, len(own) :].tolist()
+        assert not set(new) & set(row.tolist())
 
 
 @pytest.mark.parametrize(
@@ -197,6 +198,14 @@ def test_stop_sequence_ends_a_row_only_as_a_whole_and_only_in_new_tokens(model, 
     assert generate(model, prompt[:1], stop=[across], **options).shape == (1, 31)
 
 
+def test_row_that_a_sequence_ended_stays_ended(model, prompt):
+    free = greedy_rows(model, prompt)
+    sequence = free[0][5:8]
+    options = {"max_new_tokens": 20, "temperature": 0, "stop": [sequence]}
+    got = generate(model, prompt, **options)[:, 11:].tolist()
+    assert got == [free[0][:8] + [sequence[-1]] * 12, *free[1:]]
+
+
 def test_without_a_stop_nothing_ends_whatever_eos_the_config_names(prompt):
     free = greedy_rows(mixed_model(), prompt[:1])[0]
     named = mixed_model(eos_token_id=free[3])
@@ -212,16 +221,20 @@ def test_stream_yields_what_generate_joins(model, prompt):
     assert torch.stack(steps, 1).tolist() == whole[:, 11:].tolist()
 
 
-def test_stream_computes_a_step_only_when_it_is_asked_for(model, prompt, monkeypatch):
-    calls = []
+def test_stream_computes_a_step_only_when_it_is_asked_for_and_records_no_gradients(
+    model, prompt, monkeypatch
+):
+    seen = []
     hidden = model.hidden
-    monkeypatch.setattr(model, "hidden", lambda *a: calls.append(a) or hidden(*a))
+    monkeypatch.setattr(
+        model, "hidden", lambda *a: seen.append(torch.is_grad_enabled()) or hidden(*a)
+    )
     steps = stream(model, prompt, max_new_tokens=9)
-    assert len(calls) == 0
+    assert seen == []
     next(steps)
-    assert len(calls) == 1
+    assert seen == [False]
     next(steps)
-    assert len(calls) == 2
+    assert seen == [False, False]
 
 
 def test_model_and_grad_mode_are_left_as_they_were(prompt):
@@ -270,7 +283,7 @@ MISTAKES = {
     "flat": ({"input_ids": IDS[0]}, r"of shape \(3,\); prompts are integers, \(b, l\)"),
     "empty prompt": ({"input_ids": IDS[:, :0]}, r"empty \(1, 0\); a prompt has at least one token"),
     "empty batch": ({"input_ids": IDS[:0]}, r"empty \(0, 3\)"),
-    "id above": ({"input_ids": IDS + 95}, "holds 98; the model's ids are 0 to 96"),
+    "id above": ({"input_ids": IDS + 94}, "holds 97; the model's ids are 0 to 96"),
     "id below": ({"input_ids": IDS - 2}, "holds -1; the model's ids are 0 to 96"),
     "mask shape": ({"attention_mask": IDS[0]}, r"mask is \(3,\) for input_ids of \(1, 3\)"),
     "right padding": ({"attention_mask": torch.tensor([[1, 1, 0]])}, r"row 0 \(1, 1, 0\).*left"),
