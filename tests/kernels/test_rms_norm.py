@@ -56,6 +56,13 @@ def test_weight_multiplies_after_the_cast():
     assert torch.equal(y, bare * weight)
 
 
+def test_half_inputs_are_rounded_once():
+    x, _ = norm_inputs(torch.bfloat16, residual=None).leaves().values()
+    want, _ = naive(x.double(), eps=EPS)
+    # bf16 keeps 8 bits: half a unit in the last place is 2 ** -9 of the value
+    torch.testing.assert_close(rms_norm(x, eps=EPS)[0].double(), want, rtol=1.01 * 2**-9, atol=0)
+
+
 def test_sum_keeps_the_dtype_of_the_residual():
     x, weight, residual = norm_inputs(torch.bfloat16).leaves().values()
     y, h = rms_norm(x, weight, eps=EPS, residual=residual)
