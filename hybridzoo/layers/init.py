@@ -1,4 +1,7 @@
-"""How parameters start: each draw is a pure function of shape, seed and name, so it does not depend on tp."""
+"""How parameters start: each draw is a pure function of shape, seed and name, on the CPU.
+
+So it depends neither on tp nor on the device, nor on torch's default one.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +21,27 @@ def seeded(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, device="cpu")
+
+
+def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=generator, device="cpu")
+
+
 def constant(value: float) -> Init:
     """Every element `value`."""
-    return lambda shape, _: torch.full(shape, value)
+    return lambda shape, _: torch.full(shape, value, device="cpu")
 
 
 def normal(std: float) -> Init:
     """N(0, std)."""
-    return lambda shape, generator: torch.randn(shape, generator=generator) * std
+    return lambda shape, generator: _normal(shape, generator) * std
 
 
 def uniform(bound: float) -> Init:
     """U(-bound, bound)."""
-    return lambda shape, generator: (torch.rand(shape, generator=generator) * 2 - 1) * bound
+    return lambda shape, generator: (_uniform(shape, generator) * 2 - 1) * bound
 
 
 def fan_in_uniform(fan_in: int) -> Init:
@@ -39,27 +50,26 @@ def fan_in_uniform(fan_in: int) -> Init:
 
 
 def log_arange() -> Init:
-    """log(1..n) along the last dimension: S4D-real, Mamba's A_log (arXiv 2312.00752, section 3.6)."""
+    """Log(1..n) along the last dimension: S4D-real, Mamba's A_log (arXiv 2312.00752, section 3.6)."""
     return lambda shape, _: (
-        torch.arange(1, shape[-1] + 1, dtype=torch.float32).log().expand(shape).clone()
+        torch.arange(1, shape[-1] + 1, dtype=torch.float32, device="cpu")
+        .log()
+        .expand(shape)
+        .clone()
     )
 
 
 def log_uniform_A(low: float, high: float) -> Init:
-    """log of U(low, high): Mamba-2's A_log, one decay a head."""
-    return lambda shape, generator: (
-        low + torch.rand(shape, generator=generator) * (high - low)
-    ).log()
+    """Log of U(low, high): Mamba-2's A_log, one decay a head."""
+    return lambda shape, generator: (low + _uniform(shape, generator) * (high - low)).log()
 
 
 def dt_bias(low: float, high: float, floor: float) -> Init:
     """Inverse softplus of a log-uniform step in [low, high], at least floor (arXiv 2312.00752, section 3.6)."""
 
     def draw(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        steps = torch.rand(shape, generator=generator) * (
-            math.log(high) - math.log(low)
-        ) + math.log(low)
-        dt = steps.exp().clamp(min=floor)
+        share = _uniform(shape, generator)
+        dt = torch.exp(math.log(low) + share * math.log(high / low)).clamp(min=floor)
         return dt + (-torch.expm1(-dt)).log()
 
     return draw

@@ -1,0 +1,377 @@
+"""HybridLM: the stack, its options, its states; the same function and training at every tp."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hybridzoo.comm import SINGLE
+from hybridzoo.errors import ConfigError
+from hybridzoo.layers import Sequence
+from hybridzoo.layers.init import seeded
+from hybridzoo.model import HybridLM
+from hybridzoo.sharding import Replicate
+from tests import gloo
+from tests.models import joined, make_config, make_model, pieces, randint, tiny
+
+# float64: far above its rounding, far below any mistake
+TOLERANCE = {"rtol": 1e-9, "atol": 1e-10}
+PAIR = {"pattern": "NA", "shared": {}, "layers_at": {}}
+PAIR["layers"] = {"N": tiny("mamba1"), "A": tiny("attention")}
+
+
+def assert_close(got, expected, what=""):
+    torch.testing.assert_close(got, expected, **TOLERANCE, msg=lambda m: f"{what}: {m}")
+
+
+def loss_and_aux(model, ids, ctx):
+    logits = model.logits(model.hidden(ids[:, :-1], None, ctx))
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()) + sum(ctx.aux)
+
+
+def run_model(parallel, ids):
+    """Logits, loss and gradients, with padding in the first row."""
+    model = make_model(parallel=parallel)
+    mask = torch.ones(ids.shape[0], ids.shape[1] - 1)
+    mask[0, :3] = 0
+    loss = loss_and_aux(model, ids, Sequence.build(ids.shape[1] - 1, attention_mask=mask, aux=[]))
+    loss.backward()
+    with torch.no_grad():
+        logits = model(ids)
+    return logits, loss.detach(), pieces(model, lambda p: p.grad)
+
+
+def train(parallel, n_steps, dropout):
+    """Joinable parameters after n_steps of AdamW from the seeded start."""
+    model = HybridLM(make_config(dropout=dropout), seed=5, parallel=parallel, dtype=torch.float64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    torch.manual_seed(11)
+    for step in range(n_steps):
+        optimizer.zero_grad()
+        loss = loss_and_aux(model, randint(3, 10, seed=step), Sequence(aux=[]))
+        loss.backward()
+        optimizer.step()
+    return pieces(model, torch.Tensor.detach), loss.item()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_compute_one_ranks_model(world):
+    ids = randint(2, 12)
+    logits, loss, grads = run_model(SINGLE, ids)
+    ranks = gloo.run(world, run_model, ids)
+    for rank_logits, rank_loss, _ in ranks:
+        assert_close(rank_logits, logits, "logits")
+        assert_close(rank_loss, loss, "loss")
+    config = make_config()
+    one = joined(config, [grads])
+    for name, grad in joined(config, [r[2] for r in ranks]).items():
+        assert grad.any(), name
+        assert_close(grad, one[name], name)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_training_on_ranks_equals_training_on_one(dropout):
+    one, one_loss = train(SINGLE, 20, dropout)
+    ranks = gloo.run(2, train, 20, dropout)
+    config = make_config()
+    # joined() also refuses replicated parameters that differ in one bit between the ranks
+    together, alone = joined(config, [r[0] for r in ranks]), joined(config, [one])
+    for name, tensor in together.items():
+        torch.testing.assert_close(
+            tensor, alone[name], rtol=0, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    assert abs(one_loss - ranks[0][1]) < 1e-8
+
+
+def test_replicated_parameters_stay_equal_to_the_bit():
+    first, second = (r[0] for r in gloo.run(2, train, 5, 0.0))
+    whole = [n for n, p in make_config().params() if p.trained and isinstance(p.cut, Replicate)]
+    replicated = [(n, next(iter(first[n]))) for n in whole]
+    # of B, C and keys there is one content, which both ranks hold
+    replicated += [
+        (n, k) for n, held in first.items() for k in held if k.endswith("_shared") and "blocks" in n
+    ]
+    assert len(replicated) > 30
+    for name, piece in replicated:
+        assert torch.equal(first[name][piece], second[name][piece]), name
+
+
+def dropped(parallel):
+    model = make_model(make_config(dropout=0.5), parallel)
+    torch.manual_seed(3)
+    return model(randint(2, 9)).detach(), model.eval()(randint(2, 9)).detach()
+
+
+def test_dropout_acts_in_training_only_and_alike_on_all_ranks():
+    plain = make_model()(randint(2, 9))
+    one, evaluated = dropped(SINGLE)
+    assert_close(evaluated, plain)
+    assert (one - plain).abs().max() > 1e-3
+    for rank, _ in gloo.run(2, dropped):
+        assert_close(rank, one)
+
+
+def test_dropout_keeps_the_mean_and_drops_its_share():
+    model = make_model(make_config(dropout=0.25))
+    seen = []
+    model.blocks[3].register_forward_hook(lambda *a: seen.append(a[-1][1]))
+    model(randint(40, 30))
+    zeros = (seen[0] == 0).double().mean()
+    # 19,200 draws: 6 standard deviations of a share of 0.25
+    assert abs(zeros - 0.25) < 6 * (0.25 * 0.75 / seen[0].numel()) ** 0.5
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_state_dict_has_the_canonical_names(tie):
+    config = make_config(tie_embeddings=tie)
+    model = make_model(config)
+    canonical = [name for name, _ in config.params()]
+    assert {n for n, _ in model.named_parameters()} == set(canonical)
+    assert len(canonical) == len(set(canonical))
+    # a tied head is the embedding under a second name
+    assert set(model.state_dict()) == {*canonical, "head.weight"}
+    assert {k: tuple(p.shape) for k, p in model.named_parameters()} == {
+        k: p.shape for k, p in config.params()
+    }
+
+
+def test_a_tied_head_is_the_embedding():
+    tied, untied = make_model(make_config(tie_embeddings=True)), make_model()
+    assert tied.head.weight is tied.embed.weight
+    assert untied.head.weight is not untied.embed.weight
+    assert not torch.equal(untied.head.weight, untied.embed.weight)
+    ids = randint(2, 9)
+    untied.head.weight.data.copy_(untied.embed.weight.data)
+    assert_close(tied(ids), untied(ids))
+
+
+def test_logits_multiplier_scales_the_logits():
+    ids = randint(2, 9)
+    half, plain = make_model(), make_model(make_config(logits_multiplier=1.0))
+    assert_close(half(ids), plain(ids) / 2)
+
+
+def test_embedding_multiplier_scales_the_embedding():
+    ids = randint(2, 9)
+    double, plain = make_model(), make_model(make_config(embedding_multiplier=1.0))
+    assert (double(ids) - plain(ids)).abs().max() > 1e-3
+    plain.embed.weight.data *= 2
+    assert_close(double(ids), plain(ids))
+
+
+def test_residual_multiplier_scales_every_sublayer():
+    ids = randint(2, 9)
+    scaled = make_model(make_config(**PAIR))
+    outside = {k: v | {"output_multiplier": 1.3 * 0.7} for k, v in PAIR["layers"].items()}
+    inside = make_model(make_config(**PAIR | {"layers": outside, "residual_multiplier": 1.0}))
+    assert_close(scaled(ids), inside(ids))
+    assert (
+        scaled(ids) - make_model(make_config(**PAIR | {"residual_multiplier": 1.0}))(ids)
+    ).abs().max() > 1e-3
+
+
+def test_input_multiplier_scales_the_normed_input():
+    ids = randint(2, 9)
+    scaled = make_model(make_config(**PAIR))
+    plain = {k: v | {"input_multiplier": 1.0} for k, v in PAIR["layers"].items()}
+    by_norm = make_model(make_config(**PAIR | {"layers": plain}))
+    assert (scaled(ids) - by_norm(ids)).abs().max() > 1e-3
+    for block in by_norm.blocks:
+        block.norm.weight.data *= 0.8
+    assert_close(scaled(ids), by_norm(ids))
+
+
+def test_residual_fp32_adds_in_fp32():
+    streams = []
+    for wide in (True, False):
+        model = make_model(make_config(residual_fp32=wide), dtype=torch.bfloat16)
+        deltas, stream = [], []
+        for block in model.blocks:
+            block.register_forward_hook(lambda m, a, out, d=deltas: d.append(out[1]))
+        model.norm.register_forward_hook(lambda m, a, out, s=stream: s.append(out[1]))
+        ids = randint(2, 9)
+        assert model(ids).dtype == torch.bfloat16
+        expected = model.embed(ids) * 2.0
+        expected = expected.float() if wide else expected
+        for delta in deltas:
+            assert delta.dtype == torch.bfloat16
+            expected = expected + delta * 0.7
+        assert stream[0].dtype == (torch.float32 if wide else torch.bfloat16)
+        assert torch.equal(stream[0], expected)
+        streams.append(stream[0])
+    assert not torch.equal(streams[0].bfloat16(), streams[1])
+
+
+def test_a_block_adds_before_its_norm_and_sums_its_branches():
+    model = make_model()
+    block, h, delta = (
+        model.blocks[0],
+        torch.randn(2, 5, 16).double(),
+        torch.randn(2, 5, 16).double(),
+    )
+    out_h, out = block(h, delta, None, Sequence())
+    stream = h + 0.7 * delta
+    normed = stream * torch.rsqrt(stream.square().mean(-1, keepdim=True) + 1e-3) * block.norm.weight
+    expected = sum(1.3 * layer(0.8 * normed, None, Sequence()) for layer in block.branch.values())
+    assert_close(out_h, stream)
+    assert_close(out, expected)
+
+
+def test_states_continue_the_whole_model():
+    model, ids = make_model(), randint(2, 12)
+    state = model.init_state(2, 12)
+    chunks = [model(part, state=state) for part in ids.split([5, 1, 4, 1, 1], 1)]
+    assert_close(torch.cat(chunks, 1), model(ids))
+
+
+def test_left_padding_changes_nothing():
+    model, ids = make_model(), randint(2, 12)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, :7] = 0
+    assert_close(model(ids, mask)[0, 7:], model(ids[:1, 7:])[0])
+    assert_close(model(ids, mask)[1], model(ids)[1])
+
+
+def test_packed_sequences_are_separate():
+    model, ids = make_model(), randint(1, 12)
+    ends = torch.tensor([0, 5, 6, 12], dtype=torch.int32)
+    packed = model(ids, cu_seqlens=ends, max_seqlen=6)
+    assert_close(packed, torch.cat([model(part) for part in ids.split([5, 1, 6], 1)], 1))
+
+
+def test_a_pack_with_padding_is_refused():
+    model, ends = make_model(), torch.tensor([0, 3], dtype=torch.int32)
+    with pytest.raises(ConfigError, match=r"cu_seqlens: packed sequences need max_seqlen \(None\)"):
+        model(randint(1, 3), cu_seqlens=ends)
+    with pytest.raises(ConfigError, match="take no attention_mask"):
+        model(randint(1, 3), torch.ones(1, 3), cu_seqlens=ends, max_seqlen=3)
+
+
+def test_shared_places_have_one_weight_and_a_state_each():
+    model, ids = make_model(), randint(1, 7)
+    first, second = (model.blocks[i].layers()[0] for i in (3, 6))
+    assert first is second is model.shared["base"]
+    assert not any(n.startswith("blocks.3.layer") for n, _ in model.named_parameters())
+    state = model.init_state(1, 7)
+    model(ids, state=state)
+    one, other = (state[i][0].tensors["ssm_state"] for i in (3, 6))
+    assert one.any()
+    assert not torch.equal(one, other)
+
+
+def test_overrides_hold_at_their_place_only():
+    model = make_model()
+    assert model.blocks[7].layer.config.window_size == 3
+    assert model.blocks[7].layer.qkv_proj.weight.shape[0] == (8 + 2) * 6
+    assert model.blocks[0].branch["A"].config.window_size == 7
+    assert model.blocks[4].branch["A"].rotary_dim == 0
+    assert model.blocks[0].branch["A"].rotary_dim == 4
+
+
+def test_a_replaced_layer_is_used():
+    class Nothing(nn.Module):
+        def forward(self, x, state, ctx):
+            return torch.zeros_like(x)
+
+    model = make_model()
+    before = model(randint(2, 9))
+    model.blocks[2].layer = Nothing()
+    model.blocks[0].branch["A"] = Nothing()
+    h, delta = torch.randn(2, 5, 16).double(), None
+    assert not model.blocks[2](h, delta, None, Sequence())[1].any()
+    middle = model(randint(2, 9))
+    model.shared["base"] = Nothing()
+    assert not torch.equal(before, middle)
+    assert not torch.equal(middle, model(randint(2, 9)))
+
+
+def test_a_deep_copy_is_independent():
+    model, ids = make_model(), randint(2, 9)
+    twin = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert_close(twin(ids), make_model()(ids))
+
+
+def test_meta_builds_without_memory():
+    config = make_config(vocab_size=2_000_000, d_model=1 << 14, layers_at={}, pattern="MANFES")
+    model = HybridLM(config, device="meta")
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == config.n_params()
+
+
+def devices_under(_, default):
+    with torch.device(default):
+        model = HybridLM(make_config(), device=None if default == "meta" else "cpu")
+    return {p.device.type for p in model.parameters()}
+
+
+@pytest.mark.parametrize("default", ["meta", "cpu"])
+def test_the_default_device_is_honoured_and_never_draws_weights(default):
+    # a process of the pool, for the NaN filling of torch.empty hides it from torch's default device
+    assert gloo.run(2, devices_under, default) == [{default}] * 2
+
+
+def test_weights_are_drawn_on_the_cpu_whatever_the_default_device():
+    # "meta" stands for any device whose generator is not the CPU's
+    expected = {k: p.init(p.shape, seeded(0, k)) for k, p in make_config().params()}
+    with torch.device("meta"):
+        drawn = {k: p.init(p.shape, seeded(0, k)) for k, p in make_config().params()}
+    assert all(torch.equal(drawn[k], t) for k, t in expected.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_dtype_and_device(dtype, device):
+    model = HybridLM(make_config(), dtype=dtype, device=device)
+    wide = {dn for dn, p in make_config().params() if p.fp32}
+    for name, parameter in model.named_parameters():
+        assert parameter.device.type == device.type
+        expected = torch.promote_types(dtype, torch.float32) if name in wide else dtype
+        assert parameter.dtype == expected, name
+    state = model.init_state(2, 12)
+    ids = randint(2, 12).to(device)
+    assert model(ids, state=state).dtype == dtype
+
+
+def test_initial_weights_come_from_the_seed_alone():
+    torch.manual_seed(1)
+    one = HybridLM(make_config(), seed=4).state_dict()
+    torch.manual_seed(2)
+    same, other = HybridLM(make_config(), seed=4).state_dict(), HybridLM(make_config()).state_dict()
+    assert all(torch.equal(t, same[k]) for k, t in one.items())
+    drawn = [
+        k for k in one if k.endswith(("proj.weight", "embed.weight", "dt_bias", "router_weight"))
+    ]
+    assert len(drawn) > 15
+    assert not any(torch.equal(one[k], other[k]) for k in drawn)
+
+
+def test_meta_then_init_equals_built_in_place():
+    late = HybridLM(make_config(), device="meta").to_empty(device="cpu")
+    late.init_weights(9)
+    built = HybridLM(make_config(), seed=9).state_dict()
+    assert all(torch.equal(t, built[k]) for k, t in late.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "pattern", ["[MA]E", pytest.param("[MA]NFSE", marks=pytest.mark.slow)], ids=["short", "long"]
+)
+def test_a_whole_stack_compiles_to_one_graph(pattern):
+    # 5 tokens: tracing unrolls the scans
+    model, ids = make_model(make_config(pattern=pattern, layers_at={})), randint(2, 5)
+    mask = torch.ones(2, 5)
+    mask[0, :3] = 0
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert_close(compiled(ids, mask), model(ids, mask))
+    compiled(ids).square().sum().backward()
+    got = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model(ids).square().sum().backward()
+    for name, grad in got.items():
+        assert_close(grad, model.get_parameter(name).grad, name)
+    with torch.no_grad():
+        state, expected = model.init_state(2, 5), model.init_state(2, 5)
+        for part in ids.split([3, 1, 1], 1):
+            assert_close(compiled(part, state=state), model(part, state=expected))
