@@ -165,7 +165,8 @@ def train(
     from hybridzoo.train.recipe import Recipe
 
     _use_kernels(kernels)
-    train(Recipe.load(recipe), output=output, resume=resume)
+    changes = {} if output is None else {"output": str(output)}
+    train(Recipe.load(recipe, **changes), resume=resume)
 
 
 @app.command()
