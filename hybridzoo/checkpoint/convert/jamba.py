@@ -44,6 +44,8 @@ _KEYS: dict[str, tuple[Any, Any]] = {
     "sliding_window": (int | None, None),
     "quantization_config": (Any, None),
     "eos_token_id": (Any, 2),
+    "layers_block_type": (Any, None),
+    "layer_types": (Any, None),
 }
 # keys that change nothing a forward computes.
 _IGNORED = re.compile(
@@ -51,7 +53,7 @@ _IGNORED = re.compile(
     "initializer_range|use_cache|output_(router_logits|attentions|hidden_states)|return_dict|(pad|bos)_token_id|"
     "max_position_embeddings|n_ctx|attention_dropout|num_logits_to_keep|calc_logits_for_entire_prompt|"
     "use_(mamba_kernels|mambapy|associative_scan)|chunk_size_feed_forward|problem_type|(id2label|label2id)|"
-    "is_encoder_decoder|layers_block_type|layer_types"
+    "is_encoder_decoder"
 )
 
 
@@ -157,6 +159,16 @@ def _pairs(options: Mapping[str, Any]) -> list[str]:
         + ("E" if has_experts and i % experts[0] == experts[1] else "F")
         for i in range(options["num_hidden_layers"])
     ]
+    if not pairs:
+        raise CheckpointError("num_hidden_layers: too small (0); a model has layers. Mend config.json.")
+    names = (("mamba", "attention"), ("linear_attention", "full_attention"))
+    spelled = [[pick[p[0] == "A"] for p in pairs] for pick in names]
+    for key in ("layers_block_type", "layer_types"):
+        if options[key] is not None and options[key] not in spelled:
+            raise CheckpointError(
+                f"{key} ({options[key]!r}) disagrees with attn_layer_period and attn_layer_offset; "
+                "both say which layers are attention. Mend config.json."
+            )
     if any(p[0] == "M" for p in pairs) and options["hidden_act"] != "silu":
         raise CheckpointError(
             f"hidden_act is {options['hidden_act']}; Mamba layers of Jamba would use it too, and mamba1 has "
