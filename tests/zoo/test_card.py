@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard, ModelCardData
 
-from hybridzoo import HybridConfig
+from hybridzoo import HybridConfig, HybridLM
 from hybridzoo.errors import ConfigError
 from hybridzoo.zoo.card import Card, FrontMatter
 
@@ -86,6 +87,10 @@ MISTAKES = {
     "a number": (TEXT.replace("arxiv:2403", "2403"), r"paper: wrong type \(2403\.19887\)"),
     "paper": (TEXT.replace("arxiv:", "arXiv "), r"paper: wrong form .*it is arxiv:NNNN\.NNNNN"),
     "hub": (TEXT.replace("them/", ""), r"hub: wrong form \('Model-v0\.1'\); it is owner/name"),
+    "hub path": (
+        TEXT.replace("Model-v0.1", "Model/main"),
+        r"hub: wrong form \('them/Model/main'\)",
+    ),
     "licence": (TEXT.replace("license: other", "license: MIT"), r"license: wrong form \('MIT'\)"),
     "other": (TEXT.replace("license_name: a-licence\n", ""), "license: 'other' needs a name"),
     "context": (TEXT.replace("context: 4096", "context: 0"), r"context: too small \(0\)"),
@@ -149,6 +154,11 @@ def test_stale_facts_are_found_then_written_and_the_prose_is_kept(copy, make_car
     after = card.read_text()
     changed = HybridConfig.load(config)
     assert f"| parameters | {changed.n_params():,} |" in after
+    model = HybridLM(changed, dtype=torch.bfloat16)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert f"| weights in bf16 | {weights / 1024:.2f} KiB |" in after
+    least = weights + changed.state_bytes(4096)
+    assert f"| least memory, weights and state at 4K | {least / 1024:.2f} KiB |" in after
     start, end = "<!-- facts:", "<!-- end of facts -->"
     assert after.partition(start)[0] == before.partition(start)[0]
     assert after.partition(end)[2] == before.partition(end)[2]
