@@ -64,9 +64,12 @@ def read_file(path: str | Path) -> Any:
         raise ConfigError(
             f"{path}: no such file; a config is a .yaml or .json file. Check the path, or `hybridzoo list`."
         )
+    is_json = path.suffix == ".json"
     try:
         text = path.read_text(encoding="utf-8")
-        options = json.loads(text) if path.suffix == ".json" else yaml.load(text, _Loader)  # noqa: S506
+        if is_json:
+            return json.loads(text, object_pairs_hook=_unique)
+        return yaml.load(text, _Loader)
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{path}: not UTF-8 text (byte {error.start}); a config is text. Save it as UTF-8."
@@ -84,7 +87,10 @@ def read_file(path: str | Path) -> Any:
         raise ConfigError(
             f"{path}: not YAML ({str(error).splitlines()[0]}). Save it as plain text."
         ) from None
-    return options
+    except (ValueError, RecursionError) as error:
+        # an impossible date, a number of thousands of digits, a key given twice, endless nesting
+        kind = "JSON" if is_json else "YAML"
+        raise ConfigError(f"{path}: not {kind} that can be read ({error}). Mend it.") from None
 
 
 def check_fields(where: str, instance: Any) -> None:
@@ -186,13 +192,22 @@ def _describe(hint: Any) -> str:
     return "a mapping" if origin in (dict, Mapping) else str(hint)
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))
+        raise ValueError(f"the key {twice} is given twice")
+    return made
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML that reads 1e-5 as a number and refuses a key given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            key = key_node.value
+            # a list as a key is refused by the base class
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else key_node
             if key in seen:
                 raise yaml.MarkedYAMLError(
                     problem=f"the key {key} is given twice", problem_mark=key_node.start_mark

@@ -356,14 +356,16 @@ def test_meta_then_init_equals_built_in_place():
 
 
 @pytest.mark.parametrize(
-    "pattern", ["[MA]E", pytest.param("[MA]NFSE", marks=pytest.mark.slow)], ids=["short", "long"]
+    ("pattern", "dynamic"),
+    [("[MA]E", False), pytest.param("[MA]NFSE", None, marks=pytest.mark.slow)],
+    ids=["short", "long"],
 )
-def test_a_whole_stack_compiles_to_one_graph(pattern):
+def test_a_whole_stack_compiles_to_one_graph(pattern, dynamic):
     # 5 tokens: tracing unrolls the scans
     model, ids = make_model(make_config(pattern=pattern, layers_at={})), randint(2, 5)
     mask = torch.ones(2, 5)
     mask[0, :3] = 0
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=dynamic)
     assert_close(compiled(ids, mask), model(ids, mask))
     compiled(ids).square().sum().backward()
     got = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
