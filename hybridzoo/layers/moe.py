@@ -144,12 +144,9 @@ class MoE(Layer):
     def forward(self, x: Tensor, state: State | None, ctx: Sequence) -> Tensor:
         """(b, l, d) -> this rank's share of (b, l, d); the balance losses go to ctx.aux."""
         tokens = x.flatten(0, 1)  # (t, d)
-        router_weight = self.partial_params()["router_weight"]
-        wide = torch.promote_types(x.dtype, torch.float32)
-        dtype = wide if self.config.router_fp32 else x.dtype
         # autocast off: it would round the router's logits, on which the choice of experts hangs.
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(tokens.to(dtype), router_weight.to(dtype)).to(wide)  # (t, e)
+            logits = self._logits(tokens)  # (t, e)
             weights, chosen, scores = self._route(logits)
         if ctx.aux is not None:
             ctx.aux.append(self._balance(logits, scores, chosen, ctx))
@@ -160,6 +157,19 @@ class MoE(Layer):
             )
             y = y + self.shared_down_proj(hidden)
         return y.view(x.shape)
+
+    @torch.no_grad()
+    def load(self, x: Tensor) -> Tensor:
+        """Share of all picks that each expert gets of the tokens x (b, l, d), (e,) fp32."""
+        with torch.autocast(x.device.type, enabled=False):
+            _, chosen, _ = self._route(self._logits(x.flatten(0, 1)))
+        return chosen.flatten().bincount(minlength=self.config.n_experts) / chosen.numel()
+
+    def _logits(self, tokens: Tensor) -> Tensor:
+        router_weight = self.partial_params()["router_weight"]
+        wide = torch.promote_types(tokens.dtype, torch.float32)
+        dtype = wide if self.config.router_fp32 else tokens.dtype
+        return F.linear(tokens.to(dtype), router_weight.to(dtype)).to(wide)
 
     def _route(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Weights (t, k) and indices (t, k) of the picked experts, and every expert's score (t, e)."""

@@ -80,15 +80,15 @@ def read_log(path: Path) -> list[Record]:
 
 
 def plot(log_path: Path, image_path: Path) -> bool:
-    """Draw the losses of a log.jsonl in bits a token; False without matplotlib."""
+    """Draw the losses of a log.jsonl in bits a byte, or a token; False without matplotlib."""
     if find_spec("matplotlib") is None:
         return False
     # imported here because it costs most of a second and draws only at the end of a run
     from matplotlib.figure import Figure
 
     records = read_log(log_path)
-    train = [(r["step"], r["loss"] / math.log(2)) for r in records if "loss" in r]
-    val = [(r["step"], r["val_loss"] / math.log(2)) for r in records if "val_loss" in r]
+    train, val = _curve(records, ""), _curve(records, "val_")
+    is_bytes = any("bits_per_byte" in r for r in records)
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     if train:
@@ -98,17 +98,25 @@ def plot(log_path: Path, image_path: Path) -> bool:
         step, bits = min(val, key=lambda point: point[1])
         label = f"held-out, best {bits:.3f} at step {step}"
         axes.plot(*zip(*val, strict=True), "o-", color="C1", markersize=3, label=label)
-    points = [bits for _, bits in _smooth(train) + val]
+    points = _smooth(train) + val
     if points:
-        low, high = min(points), max(points)
+        # a long run's first steps would flatten all the rest
+        start = max(step for step, _ in points) // 20
+        low = min(bits for _, bits in points)
+        high = max(bits for step, bits in points if step >= start)
         axes.set_ylim(low - 0.05 * (high - low) - 0.01, high + 0.05 * (high - low) + 0.01)
         axes.legend(frameon=False)
-    axes.set(xlabel="step", ylabel="bits a token")
+    axes.set(xlabel="step", ylabel="bits a byte" if is_bytes else "bits a token")
     axes.grid(alpha=0.25)
     half = image_path.with_name(f"tmp-{image_path.name}")
     figure.savefig(half, format="png")
     half.replace(image_path)
     return True
+
+
+def _curve(records: list[Record], prefix: str) -> list[tuple[int, float]]:
+    loss, bits = f"{prefix}loss", f"{prefix}bits_per_byte"
+    return [(r["step"], r.get(bits, r[loss] / math.log(2))) for r in records if loss in r]
 
 
 def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:

@@ -21,7 +21,7 @@ from hybridzoo.train import optim, snapshot
 from hybridzoo.train.data import IGNORE, Batch
 from hybridzoo.train.interrupt import interruptible
 from hybridzoo.train.log import Log, Record, plot
-from hybridzoo.train.loss import loss
+from hybridzoo.train.loss import expert_loads, loss
 from hybridzoo.train.recipe import Recipe
 from hybridzoo.train.setup import describe, pick_device, start
 
@@ -56,9 +56,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
             last = trainer.run(caught)
     if caught:
         name = signal.Signals(caught[0]).name
-        console.print(
-            f"{name}: stopped after step {trainer.step}; {last} is saved, resume from it."
-        )
+        trainer.notice(f"{name}: stopped after step {trainer.step}; resume from {last}.")
     if signal.SIGINT in caught:
         raise SystemExit(130)
     return last
@@ -185,19 +183,27 @@ class Trainer:
         """Held-out loss, of the averaged weights if there are any; the best are kept in best/."""
         self.model.eval()
         with self.average.applied() if self.average else nullcontext():
-            nats, count = torch.zeros((), dtype=torch.float64), 0
+            value, loads = self._held_out()
+            is_best = value < self.best
+            if is_best:
+                self.best = value
+                self.start.save_model(self.root / "best")
+        record: Record = {"step": self.step, "val_loss": value, **self._bits("val_", value)}
+        record |= {"is_best": is_best} | ({"expert_load": loads} if loads else {})
+        self.log.write(record)
+
+    def _held_out(self) -> tuple[float, dict[str, list[float]]]:
+        """Nats a label over the held-out split, and each expert's share of the picks."""
+        nats, count = torch.zeros((), dtype=torch.float64), 0
+        # eager: the last batch's shape and the hooks would each be compiled anew
+        with expert_loads(self.model) as loads, torch.compiler.set_stance("force_eager"):
             for batch in self._eval_batches():
                 with self._precision():
                     _, metrics = loss(self.model, _move(batch, self.device), 1)
                 nats += metrics["nats"].cpu()
                 count += int((batch["labels"] != IGNORE).sum())
-            value = nats.item() / max(1, count)
-            is_best = value < self.best
-            if is_best:
-                self.best = value
-                self.start.save_model(self.root / "best")
-        bits = self._bits("val_", value)
-        self.log.write({"step": self.step, "val_loss": value, **bits, "is_best": is_best})
+        means = {name: torch.stack(each).mean(0).tolist() for name, each in loads.items()}
+        return nats.item() / max(1, count), means
 
     def _eval_batches(self) -> Iterator[Batch]:
         """All of the held-out split, or eval_batches of it at even distances."""
@@ -231,9 +237,9 @@ class Trainer:
                     "of its own. Resume, or choose another."
                 )
             return None
-        found = snapshot.newest(self.root, self._notice)
+        found = snapshot.newest(self.root, self.notice)
         if found is None:
-            self._notice(f"{self.root}: no checkpoint yet; starting at step 0.")
+            self.notice(f"{self.root}: no checkpoint yet; starting at step 0.")
             return None
         key = self.recipe.changed_key(found[1]["recipe"])
         if key is not None:
@@ -251,7 +257,7 @@ class Trainer:
         if self.average is not None:
             for name, tensor in snapshot.read_tensors(directory, "average").items():
                 self.average.tensors[name].copy_(tensor)
-        self._notice(f"resuming after step {self.step} from {directory}.")
+        self.notice(f"resuming after step {self.step} from {directory}.")
 
     def _save(self) -> None:
         tensors = {"optimizer": optim.parse_state(self.optimizer, list(self.params))}
@@ -271,7 +277,8 @@ class Trainer:
             keep_last=self.recipe.keep_last,
         )
 
-    def _notice(self, line: str) -> None:
+    def notice(self, line: str) -> None:
+        """One line for people."""
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

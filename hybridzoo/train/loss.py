@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hybridzoo.kernels.cross_entropy import cross_entropy
 from hybridzoo.layers import Sequence
+from hybridzoo.layers.moe import MoE
 from hybridzoo.model import HybridLM
 from hybridzoo.train.data import IGNORE, Batch
 
@@ -54,6 +58,26 @@ def loss(
     extra = torch.stack(aux).sum() if aux else torch.zeros_like(nats)
     total = (nats + extra * n_here) / n_targets
     return total, {"nats": nats.detach(), "aux": extra.detach(), "n_targets": n_here}
+
+
+@contextmanager
+def expert_loads(model: HybridLM) -> Iterator[dict[str, list[Tensor]]]:
+    """Until the block ends, collect what each mixture of experts' `load` was in each forward.
+
+    Keys are the layers' names; a list has one (e,) share of picks a forward.
+    """
+    loads: dict[str, list[Tensor]] = {}
+
+    def watch(name: str) -> Callable[[MoE, tuple[Tensor, ...]], None]:
+        return lambda layer, inputs: loads.setdefault(name, []).append(layer.load(inputs[0]))
+
+    experts = [(name, layer) for name, layer in model.named_layers() if isinstance(layer, MoE)]
+    hooks = [layer.register_forward_pre_hook(watch(name.rstrip("."))) for name, layer in experts]
+    try:
+        yield loads
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _nats(model: HybridLM, hidden: Tensor, labels: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ def decay_groups(model: HybridLM) -> Groups:
 
     The one place that knows: norms, biases, A_log, D and dt_bias say decay=False in their tables.
     """
-    decayed, exempt = {}, {}
+    decayed: dict[str, nn.Parameter] = {}
+    exempt: dict[str, nn.Parameter] = {}
     for _, declared, names in model.local_names():
         if declared.trained:
             group = decayed if declared.decay else exempt

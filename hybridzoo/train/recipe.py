@@ -106,10 +106,6 @@ class Recipe:
                 f"accumulate: ({self.accumulate}) must divide batch_size ({self.batch_size}). "
                 "Use a divisor of it."
             )
-        if self.warmup_steps > self.steps:
-            raise ConfigError(
-                f"warmup_steps: ({self.warmup_steps}) exceeds steps ({self.steps}). Lower it."
-            )
 
     @classmethod
     def load(cls, path: str | Path, **changes: Any) -> Self:

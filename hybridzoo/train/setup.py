@@ -17,6 +17,8 @@ from hybridzoo.tokenizer import Tokenizer, load_tokenizer
 from hybridzoo.train.data import PackedData
 from hybridzoo.train.recipe import Recipe
 
+_SPECIALS = "tokenizer_config.json"
+
 
 @dataclass(frozen=True)
 class Start:
@@ -36,9 +38,11 @@ class Start:
 
     def save_model(self, directory: Path) -> None:
         """Write a native directory that loads by itself."""
-        save(self.model, directory)
+        save(self.model, directory, dtype=torch.float32, tokenizer=self.tokenizer_file)
         if self.tokenizer_file is not None:
-            shutil.copyfile(self.tokenizer_file, directory / self.model.config.tokenizer)
+            specials = self.tokenizer_file.with_name(_SPECIALS)
+            if specials.is_file():
+                shutil.copyfile(specials, directory / _SPECIALS)
 
 
 def pick_device(recipe: Recipe) -> torch.device:
@@ -67,7 +71,7 @@ def start(recipe: Recipe, device: torch.device, checkpoint: Path | None) -> Star
     config = HybridConfig.load(source) if loaded is None else loaded.config
     tokenizer, file = _read_tokenizer(recipe, config, source)
     if file is not None:
-        config = config.with_options(tokenizer=file.name)
+        config = config.with_options(tokenizer="tokenizer.json")
     if checkpoint is not None:
         model = load(checkpoint, dtype=torch.float32, device=device)
         if model.config != config:

@@ -57,8 +57,10 @@ def write(
     _remove(final)
     half.rename(final)
     replace_text(root / _POINTER, final.name + "\n")
-    for old in _directories(root)[keep_last:]:
-        _remove(old)
+    # a newer one is damaged, or it would have been resumed from: this run has not come that far
+    kept = [d for d in _directories(root) if _step(d) <= step][:keep_last]
+    for other in set(_directories(root)) - set(kept):
+        _remove(other)
     return final
 
 
@@ -83,7 +85,7 @@ def newest(root: Path, notice: Callable[[str], None]) -> tuple[Path, dict[str, A
     if named is not None and named not in found:
         notice(f"{pointer}: it names {named.name}, which is not there; looking for another.")
     # newer than the pointer: complete but for the pointer; a resume would write it again
-    candidates = [d for d in found if named not in found or d <= named]
+    candidates = [d for d in found if named not in found or _step(d) <= _step(named)]
     reason = ""
     for directory in candidates:
         reason = why_broken(directory)
@@ -129,7 +131,10 @@ def read_tensors(directory: Path, stem: str) -> dict[str, Tensor]:
 def remove_halves(root: Path) -> None:
     """Delete what a killed run left half written."""
     for path in root.glob(f"{_HALF}*"):
-        _remove(path)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def has_any(root: Path) -> bool:
@@ -156,8 +161,12 @@ def sync(path: Path) -> None:
 
 
 def _directories(root: Path) -> list[Path]:
-    """Newest first; longer numbers are larger ones."""
-    return sorted(_named(root), key=lambda d: int(d.name.partition("-")[2]), reverse=True)
+    """Newest first."""
+    return sorted(_named(root), key=_step, reverse=True)
+
+
+def _step(directory: Path) -> int:
+    return int(directory.name.partition("-")[2])
 
 
 def _named(root: Path) -> Iterator[Path]:
@@ -173,9 +182,8 @@ def _digest(path: Path) -> str:
 def _remove(path: Path) -> None:
     if path.is_dir():
         # renamed first: a kill in the middle leaves nothing that looks like a checkpoint
-        gone = (
-            path if path.name.startswith(_HALF) else path.rename(path.with_name(_HALF + path.name))
-        )
-        shutil.rmtree(gone)
+        gone = path.with_name(f"{_HALF}gone-{path.name}")
+        shutil.rmtree(gone, ignore_errors=True)
+        shutil.rmtree(path.rename(gone))
     elif path.exists():
         path.unlink()
