@@ -88,9 +88,7 @@ class HybridConfig:
         object.__setattr__(
             self, "layers", {k: _legend_entry(f"layers.{k}", v) for k, v in self.layers.items()}
         )
-        object.__setattr__(
-            self, "shared", {k: _layer(f"shared.{k}", v) for k, v in self.shared.items()}
-        )
+        object.__setattr__(self, "shared", {k: _shared_layer(k, v) for k, v in self.shared.items()})
         object.__setattr__(self, "layers_at", {_place(k): v for k, v in self.layers_at.items()})
         self._check_places()
         if self.n_params() > MAX_PARAMS:
@@ -192,34 +190,27 @@ class HybridConfig:
         entry = self.layers[letter]
         if isinstance(entry, Shared):
             return Branch(letter, self.shared[entry.shared], entry.shared)
-        change = self.layers_at.get(place)
-        if change is None:
+        if place not in self.layers_at:
             return Branch(letter, entry)
-        change = change.get(letter, {}) if is_parallel else change
-        where = f"layers_at.{place}"
-        merged = type(entry).from_dict(
-            where, {**{f.name: getattr(entry, f.name) for f in fields(entry)}, **change}
-        )
+        change, where = self.layers_at[place], f"layers_at.{place}"
+        if is_parallel:
+            change, where = change.get(letter, {}), f"{where}.{letter}"
+        base = {f.name: getattr(entry, f.name) for f in fields(entry)}
+        merged = type(entry).from_dict(where, base | _mapping(where, change))
         merged.check(where, self.d_model)
         return Branch(letter, merged)
 
     def _check_places(self) -> None:
-        letters = self.expanded.letters
-        for letter in letters:
+        for letter in self.expanded.letters:
             if letter not in self.layers:
-                known = ", ".join(self.layers) or "none"
-                raise ConfigError(
-                    f"pattern: letter {letter} has no entry in layers ({known}). Add 'layers.{letter}'."
-                )
+                what = f"letter {letter} has no entry in layers ({_names(self.layers)})"
+                raise ConfigError(f"pattern: {what}. Add 'layers.{letter}'.")
         for letter, entry in self.layers.items():
-            if isinstance(entry, Shared):
-                if entry.shared not in self.shared:
-                    known = ", ".join(self.shared) or "none"
-                    raise ConfigError(
-                        f"layers.{letter}.shared: no entry ({entry.shared}) in shared; it has: {known}. Add it."
-                    )
-            else:
+            if not isinstance(entry, Shared):
                 entry.check(f"layers.{letter}", self.d_model)
+            elif entry.shared not in self.shared:
+                what = f"no entry ({entry.shared!r}) in shared; it has: {_names(self.shared)}"
+                raise ConfigError(f"layers.{letter}.shared: {what}. Add it.")
         for name, layer in self.shared.items():
             layer.check(f"shared.{name}", self.d_model)
         for place, change in self.layers_at.items():
@@ -227,24 +218,20 @@ class HybridConfig:
         self.places  # noqa: B018  (reads every override, so that a bad one is refused now)
 
     def _check_override(self, place: Any, change: Any) -> None:
-        n = len(self.expanded)
-        if not isinstance(place, int) or isinstance(place, bool) or not 0 <= place < n:
-            raise ConfigError(
-                f"layers_at: no such place ({place!r}); the pattern has places 0..{n - 1}. Use one of them."
-            )
-        if not isinstance(change, Mapping):
-            raise ConfigError(
-                f"layers_at.{place}: expected hyperparameters ({change!r}); write a mapping of key: value."
-            )
-        letters = self.expanded.places[place]
-        if len(letters) > 1 and not set(change) <= set(letters):
-            raise ConfigError(
-                f"layers_at.{place}: the place has branches {', '.join(letters)}; give {{letter: {{key: value}}}}."
-            )
-        if any(isinstance(self.layers[c], Shared) for c in letters):
-            raise ConfigError(
-                f"layers_at.{place}: its weights are shared ({letters[0]}); they cannot differ at one place."
-            )
+        n, where = len(self.expanded), f"layers_at.{place}"
+        if type(place) is not int or not 0 <= place < n:
+            rule = f"the pattern has places 0..{n - 1}"
+            raise ConfigError(f"layers_at: no such place ({place!r}); {rule}. Use one of them.")
+        letters, changed = self.expanded.places[place], list(_mapping(where, change))
+        if len(letters) == 1:
+            changed = list(letters)
+        elif not set(changed) <= set(letters):
+            rule = f"the place has branches {', '.join(letters)}"
+            raise ConfigError(f"{where}: {rule}; give {{letter: {{key: value}}}}.")
+        for letter in changed:
+            if isinstance(self.layers[letter], Shared):
+                rule = "they cannot differ at one place"
+                raise ConfigError(f"{where}: its weights are shared ({letter}); {rule}. Drop it.")
 
     def with_options(self, **changes: Any) -> Self:
         """A copy with some fields replaced."""
@@ -267,6 +254,14 @@ def _layer(where: str, entry: Any) -> LayerConfig:
     return cls.from_dict(where, {k: v for k, v in entry.items() if k != "kind"})
 
 
+def _shared_layer(name: str, entry: Any) -> LayerConfig:
+    # the name becomes an attribute of a ModuleDict and a part of the weights' names
+    if not str(name).isidentifier() or hasattr(torch.nn.ModuleDict(), str(name)):
+        rule = "it must be letters, digits and _"
+        raise ConfigError(f"shared.{name}: not a usable name ({name!r}); {rule}. Rename it.")
+    return _layer(f"shared.{name}", entry)
+
+
 def _legend_entry(where: str, entry: Any) -> LayerConfig | Shared:
     letter = where.rpartition(".")[2]
     if not (len(letter) == 1 and letter.isascii() and letter.isalpha()):
@@ -276,6 +271,17 @@ def _legend_entry(where: str, entry: Any) -> LayerConfig | Shared:
     if isinstance(entry, Mapping) and "shared" in entry:
         return read_options(Shared, where, entry, of="a shared entry")
     return _layer(where, entry)
+
+
+def _mapping(where: str, change: Any) -> dict[str, Any]:
+    if not isinstance(change, Mapping):
+        what = f"expected hyperparameters ({change!r})"
+        raise ConfigError(f"{where}: {what}; write a mapping of key: value.")
+    return dict(change)
+
+
+def _names(entries: Mapping[str, Any]) -> str:
+    return ", ".join(entries) or "none"
 
 
 def _place(key: Any) -> Any:

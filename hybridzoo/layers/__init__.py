@@ -32,7 +32,15 @@ KINDS = {
 
 
 def register(kind: str, path: str) -> None:
-    """Add a kind kept outside the package; `path` is "module:ConfigClass". ConfigError when the name is taken."""
+    """Add a kind kept outside the package.
+
+    Args:
+        kind: its name in a config.
+        path: "module:ConfigClass".
+
+    Raises:
+        ConfigError: the name is taken.
+    """
     if KINDS.get(kind, path) != path:
         raise ConfigError(
             f"kind {kind} is registered already ({KINDS[kind]}); choose another name."
@@ -44,9 +52,10 @@ def kind_config(where: str, kind: object) -> type[LayerConfig]:
     """The config class of a kind; ConfigError names the nearest kind and all of them."""
     if not isinstance(kind, str) or kind not in KINDS:
         known = ", ".join(sorted(KINDS))
-        raise ConfigError(
-            f"{where}.kind: unknown kind ({kind!r}); {suggest(str(kind), KINDS)}use one of: {known}."
-        )
+        if kind is None:
+            raise ConfigError(f"{where}.kind is missing; use one of: {known}.")
+        near = suggest(str(kind), KINDS)
+        raise ConfigError(f"{where}.kind: unknown kind ({kind!r}); {near}use one of: {known}.")
     module, name = KINDS[kind].split(":")
     found: type[LayerConfig] = getattr(import_module(module), name)
     return found

@@ -70,14 +70,14 @@ class Mamba1Config(LayerConfig):
             raise ConfigError(
                 f"{where}.expand: ({self.expand}) times d_model ({d_model}) leaves no channel. Raise it."
             )
-        if not 0 <= self.dt_limit[0] < self.dt_limit[1]:
-            raise ConfigError(
-                f"{where}.dt_limit: bounds in the wrong order ({self.dt_limit}); 0 <= low < high. Swap them."
-            )
-        if not 0 < self.dt_min < self.dt_max:
-            raise ConfigError(
-                f"{where}.dt_min: ({self.dt_min}) must lie between 0 and dt_max ({self.dt_max}). Lower it."
-            )
+        low, high = self.dt_limit
+        if not 0 <= low < high:
+            rule = f"bounds in the wrong order ({low}, {high}); 0 <= low < high"
+            raise ConfigError(f"{where}.dt_limit: {rule}. Swap them.")
+        for name, value in (("dt_min", self.dt_min), ("dt_init_floor", self.dt_init_floor)):
+            if not 0 < value < self.dt_max:
+                rule = f"must lie between 0 and dt_max ({self.dt_max})"
+                raise ConfigError(f"{where}.{name}: ({value}) {rule}. Choose one between.")
 
     def widths(self, d_model: int) -> tuple[int, int]:
         """(d_inner, dt_rank)."""

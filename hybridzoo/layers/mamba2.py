@@ -87,15 +87,17 @@ class Mamba2Config(LayerConfig):
             raise ConfigError(
                 f"{where}.n_groups: ({self.n_groups}) must divide n_heads ({h}). Use a divisor of {h}."
             )
-        for name, (low, high) in (("dt_limit", self.dt_limit), ("A_init", self.A_init)):
-            if not 0 <= low < high:
-                raise ConfigError(
-                    f"{where}.{name}: bounds in the wrong order ({low}, {high}); 0 <= low < high. Swap them."
-                )
-        if not 0 < self.dt_min < self.dt_max:
-            raise ConfigError(
-                f"{where}.dt_min: ({self.dt_min}) must lie between 0 and dt_max ({self.dt_max}). Lower it."
-            )
+        (low, high), (slow, fast) = self.dt_limit, self.A_init
+        if not 0 <= low < high:
+            rule = f"bounds in the wrong order ({low}, {high}); 0 <= low < high"
+            raise ConfigError(f"{where}.dt_limit: {rule}. Swap them.")
+        if not 0 < slow < fast:
+            rule = f"bounds in the wrong order ({slow}, {fast}); 0 < low < high"
+            raise ConfigError(f"{where}.A_init: {rule}. Change them.")
+        for name, value in (("dt_min", self.dt_min), ("dt_init_floor", self.dt_init_floor)):
+            if not 0 < value < self.dt_max:
+                rule = f"must lie between 0 and dt_max ({self.dt_max})"
+                raise ConfigError(f"{where}.{name}: ({value}) {rule}. Choose one between.")
 
     def widths(self, d_model: int) -> tuple[int, int]:
         """(d_inner, n_heads)."""
