@@ -1,4 +1,4 @@
-"""Tiny random models of transformers' own classes, in which every tensor matters, and what they compute."""
+"""Tiny random models of transformers' classes, whose every tensor matters, and their answers."""
 
 import copy
 import json
@@ -13,16 +13,39 @@ from transformers import JambaConfig, JambaForCausalLM
 VOCAB, LENGTH, N_GREEDY = 128, 21, 16
 
 _BASE = {
-    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 72, "num_hidden_layers": 5, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "attn_layer_period": 3, "attn_layer_offset": 1, "num_experts": 1, "mamba_d_state": 8,
-    "max_position_embeddings": 64, "attn_implementation": "eager", "experts_implementation": "eager",
-}  # fmt: skip
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 72,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "attn_layer_period": 3,
+    "attn_layer_offset": 1,
+    "num_experts": 1,
+    "mamba_d_state": 8,
+    "max_position_embeddings": 64,
+    "attn_implementation": "eager",
+    "experts_implementation": "eager",
+}
 JAMBA = {
     "moe": {
-        "intermediate_size": 40, "num_hidden_layers": 6, "num_attention_heads": 8, "expert_layer_period": 3,
-        "expert_layer_offset": 2, "num_experts": 5, "num_experts_per_tok": 3, "mamba_d_state": 7, "mamba_d_conv": 3,
-        "mamba_expand": 3, "mamba_dt_rank": 5, "mamba_conv_bias": False, "mamba_proj_bias": True, "rms_norm_eps": 2e-3,
-        "tie_word_embeddings": True, "router_aux_loss_coef": 0.02, "eos_token_id": 5,
+        "intermediate_size": 40,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "expert_layer_period": 3,
+        "expert_layer_offset": 2,
+        "num_experts": 5,
+        "num_experts_per_tok": 3,
+        "mamba_d_state": 7,
+        "mamba_d_conv": 3,
+        "mamba_expand": 3,
+        "mamba_dt_rank": 5,
+        "mamba_conv_bias": False,
+        "mamba_proj_bias": True,
+        "rms_norm_eps": 2e-3,
+        "tie_word_embeddings": True,
+        "router_aux_loss_coef": 0.02,
+        "eos_token_id": 5,
     },
     "dense": {"num_key_value_heads": 4},
     "bias": {"mamba_proj_bias": True},
@@ -33,13 +56,19 @@ JAMBA = {
     "legacy": {"num_experts": 4, "num_hidden_layers": 4},
     "legacy_plain": {"num_experts": 4, "num_hidden_layers": 4},
     "fused": {"num_experts": 4, "num_hidden_layers": 4},
-    "attention_only": {"attn_layer_period": 1, "attn_layer_offset": 0, "hidden_act": "gelu", "num_experts": 3},
-}  # fmt: skip
+    "attention_only": {
+        "attn_layer_period": 1,
+        "attn_layer_offset": 0,
+        "hidden_act": "gelu",
+        "num_experts": 3,
+    },
+}
 # transformers cannot read these files back: their names are older, or newer, than what it writes.
 NOT_RELOADABLE = {"legacy", "legacy_plain", "fused"}
 
 
-# where the search for stable margins starts: the first seed that has them, so that a run does not search.
+# where the search for stable margins starts: the first seed that has them, so that a run does not
+# search.
 _FIRST_SEED = {"moe": 26, "gqa": 1, "flat": 31, "attention_only": 11}
 
 
@@ -65,7 +94,7 @@ class Tiny:
 
 
 def tiny_jamba(variant: str, directory: Path) -> Tiny:
-    """Build, check and save one; the first seed whose routing and greedy ids are stable under fp32 noise."""
+    """Build, check and save one; the first seed whose routing and greedy ids are stable."""
     for seed in range(_FIRST_SEED.get(variant, 0), 100):
         model = _build(variant)
         randomise(model, seed)
@@ -97,11 +126,14 @@ def _build(variant: str) -> JambaForCausalLM:
 
 @torch.no_grad()
 def randomise(model: torch.nn.Module, seed: int) -> None:
-    """Draw every parameter once a storage, in sorted order: the classes' own ones, zeros and small numbers hide mistakes."""
+    """Draw every parameter, in sorted order: the classes' own ones and zeros hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
     tied = model.config.tie_word_embeddings
     for name, p in sorted(model.named_parameters()):
-        normal, uniform = torch.randn(p.shape, generator=generator), torch.rand(p.shape, generator=generator)
+        normal, uniform = (
+            torch.randn(p.shape, generator=generator),
+            torch.rand(p.shape, generator=generator),
+        )
         fan_in = p.shape[-1]
         if name.endswith("A_log"):
             drawn = (0.5 + 3.5 * uniform).log()
@@ -124,7 +156,7 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
 
 
 def watch_routers(model: torch.nn.Module) -> list[float]:
-    """A list that every forward extends by the smallest gap between the last picked score and the first that is not."""
+    """A list to which each forward adds the least gap between the last pick and the next score."""
     margins: list[float] = []
 
     def note(module, _, outputs):
@@ -177,20 +209,30 @@ def _write(model: JambaForCausalLM, variant: str, directory: Path) -> None:
         names = {n for n in model.state_dict() if "experts." in n}
         weights = load_file(directory / "model.safetensors")
         kept = {n: t for n, t in weights.items() if ".experts." not in n}
-        save_file(kept | {n: model.state_dict()[n] for n in names}, directory / "model.safetensors", {"format": "pt"})
+        save_file(
+            kept | {n: model.state_dict()[n] for n in names},
+            directory / "model.safetensors",
+            {"format": "pt"},
+        )
 
 
 def _flat(config: dict) -> dict:
     """A config.json as transformers 4 wrote it."""
-    config = {k: v for k, v in config.items() if k not in ("dtype", "use_associative_scan", "use_mambapy")}
+    config = {
+        k: v for k, v in config.items() if k not in ("dtype", "use_associative_scan", "use_mambapy")
+    }
     return config | {
-        "torch_dtype": "float32", "transformers_version": "4.40.1", "sliding_window": None, "n_ctx": 64,
-        "calc_logits_for_entire_prompt": False, "num_logits_to_keep": 1,
-    }  # fmt: skip
+        "torch_dtype": "float32",
+        "transformers_version": "4.40.1",
+        "sliding_window": None,
+        "n_ctx": 64,
+        "calc_logits_for_entire_prompt": False,
+        "num_logits_to_keep": 1,
+    }
 
 
-def _legacy_name(name: str, names: set[str]) -> str:
-    """A tensor's name in the first remote code, which has a mixture even where it has one expert."""
+def _legacy_name(name: str) -> str:
+    """A tensor's name in the first remote code, which calls a plain layer a mixture of one."""
     layer, found, rest = name.partition(".feed_forward.")
     if found:
         dense = not rest.startswith(("experts.", "router."))
@@ -207,7 +249,7 @@ def _legacy_name(name: str, names: set[str]) -> str:
 def rename_tensors(directory: Path, rename) -> None:
     """Rewrite the single file with other names."""
     weights = load_file(directory / "model.safetensors")
-    renamed = {rename(n, set(weights)): t for n, t in weights.items()}
+    renamed = {rename(n): t for n, t in weights.items()}
     save_file(renamed, directory / "model.safetensors", {"format": "pt"})
 
 

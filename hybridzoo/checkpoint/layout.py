@@ -1,4 +1,7 @@
-"""From stored tensors to a model's parameters and back: through blocks (how files cut a parameter) and cuts (how ranks do)."""
+"""From stored tensors to parameters and back.
+
+A Block says how files cut a parameter, its `cut` how ranks do.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hybridzoo.checkpoint.io import Reader
 from hybridzoo.checkpoint.pickled import PickleReader
-from hybridzoo.checkpoint.shard import DTYPE_NAMES, DTYPES, Spec
+from hybridzoo.checkpoint.reader import Reader
+from hybridzoo.checkpoint.shard import DTYPE_NAMES, DTYPES
 from hybridzoo.config import HybridConfig
 from hybridzoo.errors import CheckpointError
 from hybridzoo.model import HybridLM
@@ -65,7 +68,8 @@ class Source:
         ignored: stored tensors that belong to no parameter.
 
     Raises:
-        CheckpointError: a tensor is missing, unexpected, or of another shape or kind; nothing was allocated.
+        CheckpointError: a tensor is missing, unexpected, or of another shape or kind; nothing was
+            allocated.
     """
 
     def __init__(
@@ -78,7 +82,8 @@ class Source:
         self.config, self.reader, self.blocks = config, reader, blocks
         self.params = dict(config.params())
         self._check(ignored or set())
-        # a fused parameter's pieces follow each other in a file's order: two parameters interleave at most.
+        # a fused parameter's pieces follow each other in a file's order: two parameters interleave
+        # at most.
         self.fetch: Fetch = lru_cache(2)(self._fetch)
 
     def dtype(self, name: str) -> str:
@@ -97,7 +102,7 @@ class Source:
     def read_into(
         self, target: Tensor, name: str, dim: int = 0, spans: Sequence[tuple[int, int]] = ()
     ) -> None:
-        """Copy a parameter, or its (start, stop) slices along `dim` one after the other, into `target`; reads no more."""
+        """Copy a parameter, or its (start, stop) slices along `dim`, to `target`; read no more."""
         at = 0
         for start, stop in spans or [(0, self.params[name].shape[dim])]:
             for block in self.blocks[name]:
@@ -126,31 +131,32 @@ class Source:
         where = self.reader.directory
         if missing := sorted(used - specs.keys()):
             raise CheckpointError(
-                f"{where}: {_some(missing)} missing; the config needs every parameter. Is this config.json these weights'?"
+                f"{where}: {_some(missing)} missing; the config needs every parameter. Is this "
+                "config.json these weights'?"
             )
         if unexpected := sorted(specs.keys() - used - ignored):
             raise CheckpointError(
-                f"{where}: {_some(unexpected)} not in the config; every tensor must have its place. "
-                "Is this config.json these weights'?"
+                f"{where}: {_some(unexpected)} not in the config; every tensor must have its "
+                "place. Is this config.json these weights'?"
             )
         for blocks in self.blocks.values():
             for block in blocks:
                 spec, file = specs[block.name], self.reader.file_of
                 if spec.shape != block.shape:
                     raise CheckpointError(
-                        f"{where / file(block.name)}: {block.name} is {spec.shape}, the config wants {block.shape}. "
-                        "Is this config.json these weights'?"
+                        f"{where / file(block.name)}: {block.name} is {spec.shape}, the config "
+                        f"wants {block.shape}. Is this config.json these weights'?"
                     )
                 if spec.dtype not in _WEIGHT_DTYPES:
                     raise CheckpointError(
-                        f"{where / file(block.name)}: {block.name} is {spec.dtype}; weights are one of "
-                        f"{', '.join(_WEIGHT_DTYPES)}. Use an unquantised checkpoint."
+                        f"{where / file(block.name)}: {block.name} is {spec.dtype}; weights are "
+                        f"one of {', '.join(_WEIGHT_DTYPES)}. Use an unquantised checkpoint."
                     )
 
 
 @torch.no_grad()
 def load_into(model: HybridLM, source: Source) -> None:
-    """Fill a model's parameters from a checkpoint, each rank reading its own slices, in each parameter's dtype."""
+    """Fill a model's parameters, each in its dtype; each rank reads its own slices."""
     tp = model.parallel.tp
     for name, p, pieces in model.local_names():
         # the first piece has the parameter's own name, in the terms of its layer.
@@ -165,14 +171,14 @@ def load_into(model: HybridLM, source: Source) -> None:
 
 
 def gather(model: HybridLM) -> Iterator[tuple[str, Tensor]]:
-    """Every canonical parameter in full, a tied one once; under tensor parallelism complete on rank 0 only."""
+    """Every canonical parameter in full, a tied one once; with ranks complete on rank 0 only."""
     gathered = Gathered(model)
     for name in gathered.params:
         yield name, gathered.fetch(name)
 
 
 class Gathered:
-    """Canonical parameters of a model by name; under tensor parallelism every rank must ask for the same ones in turn."""
+    """Canonical parameters of a model by name; every rank must ask for the same ones in turn."""
 
     def __init__(self, model: HybridLM) -> None:
         self.model, self.config = model, model.config

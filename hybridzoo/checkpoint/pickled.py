@@ -1,4 +1,4 @@
-"""PyTorch pickles (.bin, .pt), for `hybridzoo convert --from-pickle` alone: loading a model never unpickles anything."""
+"""PyTorch pickles (.bin, .pt), for `convert --from-pickle` alone: load() never unpickles."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SUFFIXES = (".bin", ".pt", ".pth")
 
 
 class PickleReader:
-    """A directory's pickled tensors, seen like Reader; only tensors are unpickled (weights_only), mapped from disk.
+    """A directory's pickled tensors, seen like Reader's; nothing but tensors is unpickled.
 
     Attributes:
         directory: where the files are.
@@ -30,8 +30,8 @@ class PickleReader:
         paths = [p for p in paths if p.stem not in ("training_args", "optimizer", "scheduler")]
         if not paths:
             raise CheckpointError(
-                f"{directory}: no pickled weights; expected files ending in {', '.join(_SUFFIXES)}. "
-                "Convert safetensors without --from-pickle."
+                f"{directory}: no pickled weights; expected files ending in "
+                f"{', '.join(_SUFFIXES)}. Convert safetensors without --from-pickle."
             )
         self._tensors: dict[str, Tensor] = {}
         self._files: dict[str, str] = {}
@@ -57,19 +57,20 @@ class PickleReader:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
             raise CheckpointError(
-                f"{path}: not a pickle of plain tensors ({str(error).splitlines()[0]}); nothing else is unpickled. "
-                "Get safetensors."
+                f"{path}: not a pickle of plain tensors ({str(error).splitlines()[0]}); nothing "
+                "else is unpickled. Get safetensors."
             ) from None
         if not isinstance(content, dict) or not all(
             isinstance(v, Tensor) for v in content.values()
         ):
             raise CheckpointError(
-                f"{path}: not a mapping of names to tensors; a state dict is one. Save model.state_dict() alone."
+                f"{path}: not a mapping of names to tensors; a state dict is one. Save "
+                "model.state_dict() alone."
             )
         for name, tensor in content.items():
             if name in self._files or tensor.dtype not in DTYPE_NAMES:
                 raise CheckpointError(
-                    f"{path}: {name} ({tensor.dtype}) is there twice, or of a dtype that safetensors lacks; each tensor "
-                    "is in one file. Remove one."
+                    f"{path}: {name} ({tensor.dtype}) is there twice, or of a dtype that "
+                    "safetensors lacks; each tensor is in one file. Remove one."
                 )
             self._tensors[name], self._files[name] = tensor.contiguous(), path.name

@@ -1,4 +1,4 @@
-"""One safetensors file: 8 bytes of header length, a JSON header, the tensors' bytes; every rule checked on opening."""
+"""One safetensors file: header length, JSON header, bytes; every rule is checked on opening."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class Shard:
 
 
 def render_header(shard: Shard) -> bytes:
-    """Length and JSON, padded with spaces to a multiple of 8, as the safetensors library writes them."""
+    """Length and JSON, padded with spaces to a multiple of 8, as the safetensors library does."""
     if shard.header is not None:
         return len(shard.header).to_bytes(8, "little") + shard.header
     entries: dict[str, Any] = {"__metadata__": shard.metadata} if shard.metadata else {}
@@ -119,7 +119,7 @@ def render_header(shard: Shard) -> bytes:
 
 
 def open_shard(path: Path) -> Shard:
-    """Map a file and check its header against its size; CheckpointError names the file, what it is and the way out."""
+    """Map a file and check its header and size; CheckpointError says what it is instead."""
     size = path.stat().st_size
     if size < 8:
         raise _refuse(path, f"{size} bytes", "a safetensors file has a header")
@@ -202,7 +202,8 @@ def _naturals(value: Any) -> TypeGuard[list[int]]:
 
 
 def _refuse_disguise(path: Path, start: bytes) -> None:
-    # the first 8 bytes of a safetensors file are a length below MAX_HEADER: none of these texts can be one.
+    # the first 8 bytes of a safetensors file are a length below MAX_HEADER: none of these texts can
+    # be one.
     for magic, (what, way_out) in _DISGUISES.items():
         if start.lstrip().lower().startswith(magic) and int.from_bytes(start[:8], "little") > (
             MAX_HEADER

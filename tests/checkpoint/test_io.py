@@ -1,4 +1,4 @@
-"""Files: every bad one is refused in a sentence; a save cut short anywhere leaves the old checkpoint or the new one."""
+"""Files: a bad one is refused in a sentence; a save cut short leaves the old or the new one."""
 
 import fcntl
 import json
@@ -12,7 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hybridzoo.checkpoint.io import INDEX_FILE, SINGLE_FILE, Reader, plan, resolve, write
+from hybridzoo.checkpoint.io import INDEX_FILE, SINGLE_FILE, plan, write
+from hybridzoo.checkpoint.reader import Reader, resolve
 from hybridzoo.checkpoint.shard import Spec
 from hybridzoo.errors import CheckpointError
 
@@ -66,12 +67,16 @@ def test_index_says_where_each_tensor_is(tmp_path):
     for name, file in index["weight_map"].items():
         assert name in load_file(tmp_path / file)
     n = len(set(index["weight_map"].values()))
-    assert set(index["weight_map"].values()) == {f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)}
+    assert set(index["weight_map"].values()) == {
+        f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)
+    }
 
 
 def test_shards_stay_below_the_limit():
     specs = {str(i): Spec("F32", (n,)) for i, n in enumerate((3, 9, 2, 2, 2, 30, 1))}
-    sizes = [[s.n_bytes for s in shard.tensors.values()] for shard in plan(specs, 40).files.values()]
+    sizes = [
+        [s.n_bytes for s in shard.tensors.values()] for shard in plan(specs, 40).files.values()
+    ]
     assert all(sum(s) <= 40 or len(s) == 1 for s in sizes)
     assert sum(map(sum, sizes)) == 49 * 4
 
@@ -94,9 +99,11 @@ def test_misaligned_tensor_is_read(tmp_path):
 
 
 def test_slice_reads_only_its_bytes(tmp_path):
-    """A file of 1 TiB that has no blocks on disk: only reading a slice can finish, in time and in memory."""
+    """A sparse file of 1 TiB: only reading a slice can finish, in time and in memory."""
     shape = [2**20, 2**18]
-    header = json.dumps({"x": {"dtype": "F32", "shape": shape, "data_offsets": [0, 2**40]}}).encode()
+    header = json.dumps(
+        {"x": {"dtype": "F32", "shape": shape, "data_offsets": [0, 2**40]}}
+    ).encode()
     header += b" " * (-len(header) % 8)
     path = tmp_path / SINGLE_FILE
     with open(path, "wb") as file:
@@ -130,7 +137,9 @@ def _entries(change):
 
 
 def _content(make):
-    return lambda directory: (directory / SINGLE_FILE).write_bytes(make((directory / SINGLE_FILE).read_bytes()))
+    return lambda directory: (directory / SINGLE_FILE).write_bytes(
+        make((directory / SINGLE_FILE).read_bytes())
+    )
 
 
 def _rename(name):
@@ -143,18 +152,27 @@ BAD_FILES = {
     "cut in the header": (_content(lambda raw: raw[:50]), "truncated"),
     "cut in the data": (_content(lambda raw: raw[:-1]), "truncated"),
     "trailing": (_content(lambda raw: raw + b"\0"), "trailing bytes"),
-    "huge header": (_content(lambda raw: (2**63).to_bytes(8, "little") + raw[8:]), "a header of 9223372036854775808"),
+    "huge header": (
+        _content(lambda raw: (2**63).to_bytes(8, "little") + raw[8:]),
+        "a header of 9223372036854775808",
+    ),
     "lfs": (
         _content(lambda raw: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"),
         "git-lfs pointer.*git lfs pull",
     ),
     "html": (_content(lambda raw: b"\n<!DOCTYPE html><html><body>404"), "web page"),
     "zip": (_content(lambda raw: b"PK\x03\x04" + raw), "zip file.*convert --from-pickle"),
-    "pickle": (_content(lambda raw: pickle.dumps({"a": list(range(9))}, 4)), "a pickle.*convert --from-pickle"),
+    "pickle": (
+        _content(lambda raw: pickle.dumps({"a": list(range(9))}, 4)),
+        "a pickle.*convert --from-pickle",
+    ),
     "header not json": (_header(lambda text: b"{" + text), "header that is not JSON"),
     "header not utf-8": (_header(lambda text: b"\xff" * 16), "header that is not JSON"),
     "header a list": (_header(lambda text: b"[]"), "header that is a list"),
-    "twice": (_header(lambda t: t.rstrip()[:-1] + b"," + t[t.index(b'"a"') :].rstrip()), "is there twice"),
+    "twice": (
+        _header(lambda t: t.rstrip()[:-1] + b"," + t[t.index(b'"a"') :].rstrip()),
+        "is there twice",
+    ),
     "dtype": (_entries(lambda e: e["a"].update(dtype="F4")), "dtype 'F4'"),
     "negative": (_entries(lambda e: e["a"].update(shape=[-3, -5])), "whole numbers"),
     "float shape": (_entries(lambda e: e["a"].update(shape=[3.0, 5])), "whole numbers"),
@@ -202,13 +220,22 @@ def _outside(directory):
 
 BAD_INDEXES = {
     "absent shard": (lambda d: min(d.glob("model-*")).unlink(), "model-00001-of-.*missing"),
-    "traversal": (_index(lambda i: i["weight_map"].update(a="../model.safetensors")), "illegal file"),
-    "absolute": (_index(lambda i: i["weight_map"].update(a="/etc/model.safetensors")), "illegal file"),
+    "traversal": (
+        _index(lambda i: i["weight_map"].update(a="../model.safetensors")),
+        "illegal file",
+    ),
+    "absolute": (
+        _index(lambda i: i["weight_map"].update(a="/etc/model.safetensors")),
+        "illegal file",
+    ),
     "not a name": (_index(lambda i: i["weight_map"].update(a=3)), "illegal file"),
     "other file": (_index(lambda i: i["weight_map"].update(a="config.json")), "illegal file"),
     "symlink": (_outside, "leads out of the directory"),
     "two shards": (_duplicate, "is also in"),
-    "unlisted": (_index(lambda i: i["weight_map"].pop("none") and None), "none should be in no file"),
+    "unlisted": (
+        _index(lambda i: i["weight_map"].pop("none") and None),
+        "none should be in no file",
+    ),
     "absent tensor": (
         _index(lambda i: i["weight_map"].update(x=i["weight_map"]["a"])),
         "x should be in model.* but is in none",
@@ -248,16 +275,20 @@ def test_hub_cache_links_are_followed(tmp_path):
 
 
 def killed_at(step, directory, action):
-    """Run `action` in a child that kills itself before its step-th change of the file system; True when it got there."""
+    """Run `action` in a child killed before its step-th change of files; True when it got there."""
     child = os.fork()
     if child == 0:
         count = 0
 
         def watch(event, arguments):
             nonlocal count
-            changes = event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree") or (
-                event == "open" and str(arguments[0]).startswith(str(directory))
-            )
+            changes = event in (
+                "os.rename",
+                "os.remove",
+                "os.mkdir",
+                "os.rmdir",
+                "shutil.rmtree",
+            ) or (event == "open" and str(arguments[0]).startswith(str(directory)))
             if changes:
                 count += 1
                 if count == step:
@@ -318,7 +349,7 @@ def test_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(CheckpointError, match="No space left on device.*there before.*whole"):
+    with pytest.raises(CheckpointError, match=r"No space left on device.*there before.*whole"):
         store(tmp_path, 2)
     assert_holds(tmp_path, 1)
 
@@ -339,3 +370,10 @@ def test_tensor_of_another_size_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="a has 2 elements"):
         write(tmp_path, plan({"a": Spec("F32", (3,))}), lambda name: torch.ones(2), texts={})
     assert_holds(tmp_path, 1)
+
+
+@pytest.mark.parametrize("name", ["../config.json", "/tmp/config.json", ".saved", "", "a/b"])
+def test_file_outside_the_directory_is_not_written(tmp_path, name):
+    with pytest.raises(CheckpointError, match="illegal file name"):
+        write(tmp_path, plan({}), lambda name: torch.ones(2), texts={name: b""})
+    assert not list(tmp_path.iterdir())

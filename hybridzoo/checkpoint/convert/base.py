@@ -1,8 +1,9 @@
 """What a family file declares, and the one engine that reads and writes every family from it.
 
-A name template is where a parameter's stored tensors are called in the newest published dialect; a tuple of templates lists
-older spellings after it, and the first whose tensors are all in the file is used. In a template `{e}` counts along
-dimension 0 (one tensor an expert) and `{q,k,v}` names the parts of a fused parameter in the order of its cut.
+A name template is where a parameter's stored tensors are called in the newest published dialect; a
+tuple of templates lists older spellings after it, and the first whose tensors are all in the file
+is used. In a template `{e}` counts along dimension 0 (one tensor an expert) and `{q,k,v}` names the
+parts of a fused parameter in the order of its cut.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from typing import Any
 
 import torch
 
-from hybridzoo.checkpoint.io import INDEX_FILE, Layout, Reader, resolve
+from hybridzoo.checkpoint.io import INDEX_FILE, Layout
 from hybridzoo.checkpoint.layout import Block, Blocks, Source
 from hybridzoo.checkpoint.pickled import PickleReader
+from hybridzoo.checkpoint.reader import Reader, resolve
 from hybridzoo.checkpoint.shard import Shard, Spec
 from hybridzoo.config import Branch, HybridConfig, branch_prefix
 from hybridzoo.errors import CheckpointError
@@ -35,7 +37,7 @@ _TEXTS = ("config.json", "generation_config.json", INDEX_FILE)
 
 @dataclass(frozen=True)
 class Conv:
-    """A template whose stored tensor has a dimension of one, as torch's Conv1d keeps depthwise weights: (i, 1, w)."""
+    """A template of a depthwise Conv1d's weight: stored as (i, 1, w), ours is (i, w)."""
 
     template: str
 
@@ -50,7 +52,8 @@ class Family:
 
     Attributes:
         model_type: as in its config.json.
-        read: the keys of config.json -> the architecture; ConfigError or CheckpointError on what it cannot mean.
+        read: the keys of config.json -> the architecture; ConfigError or CheckpointError on what it
+            cannot mean.
         write: the architecture -> the newest dialect's keys; CheckpointError on what it cannot say.
         layer: prefix of a published layer's tensors, `{}` for its number.
         norms: names, after that prefix, of the norm before each of a published layer's sublayers.
@@ -65,26 +68,30 @@ class Family:
     layer: str
     norms: tuple[Template | tuple[Template, ...], ...]
     kinds: Mapping[str, Names]
-    top: Names
+    top: Mapping[str, str]
     ignored: str = field(default=r"(?!)")
 
     def blocks(
         self, config: HybridConfig, available: Container[str] | None = None
     ) -> dict[str, list[Block]]:
-        """For each parameter its stored tensors, spelled as in `available`, or as in the newest dialect."""
+        """Each parameter's stored tensors, spelled as in `available` or the newest dialect."""
         found = {}
         for name, template, prefix, p in self._templates(config):
-            spellings = template if isinstance(template, tuple) else (template,)
+            spellings: tuple[Template, ...] = (
+                template if isinstance(template, tuple) else (template,)
+            )
             tried = [_expand(s, prefix, p) for s in spellings]
-            fits = (t for t in tried if available is None or all(b.name in available for b in t))
-            found[name] = next(fits, tried[0])
+            # the first of those of which most is there, so that what is missing is named well.
+            found[name] = max(tried, key=lambda t: sum(b.name in (available or ()) for b in t))
         head = _expand(self.top["head.weight"], "", dict(config.params())["embed.weight"])
         if config.tie_embeddings and available is not None and head[0].name in available:
             # a tied head written out all the same: one parameter, two tensors.
             found["embed.weight"] += head
         return found
 
-    def _templates(self, config: HybridConfig) -> Iterator[tuple[str, Any, str, Param]]:
+    def _templates(
+        self, config: HybridConfig
+    ) -> Iterator[tuple[str, Template | tuple[Template, ...], str, Param]]:
         params = dict(config.params())
         for name, template in self.top.items():
             if name in params:
@@ -130,7 +137,7 @@ def _expand(template: Template, prefix: str, p: Param) -> list[Block]:
 
 
 def compact(groups: list[str]) -> str:
-    """A pattern for groups of letters, with repeats written as counts: ["MF", "AF"] * 2 -> "2(MF AF)"."""
+    """A pattern for groups of letters, repeats as counts: ["MF", "AF"] * 2 -> "2(MF AF)"."""
     n = len(groups)
     period = next(p for p in range(1, n + 1) if n % p == 0 and groups == groups[:p] * (n // p))
     runs = [(group, len(list(run))) for group, run in itertools.groupby(groups[:period])]
@@ -140,7 +147,7 @@ def compact(groups: list[str]) -> str:
 
 
 def open_family(family: Family, config: HybridConfig, reader: Reader | PickleReader) -> Source:
-    """A published directory as canonical parameters; its config remembers the files for a byte-identical export."""
+    """A published directory as parameters; the config remembers its files for an exact export."""
     specs = reader.specs
     blocks = family.blocks(config, specs)
     ignored = {name for name in specs if re.fullmatch(family.ignored, name)}
@@ -150,8 +157,8 @@ def open_family(family: Family, config: HybridConfig, reader: Reader | PickleRea
         first = blocks["embed.weight"][0].name
         if not torch.equal(reader.view(copy.name), reader.view(first)):
             raise CheckpointError(
-                f"{reader.directory}: {copy.name} differs from {first}, but config.json ties them; tied weights are one. "
-                "Set tie_word_embeddings to false."
+                f"{reader.directory}: {copy.name} differs from {first}, but config.json ties "
+                "them; tied weights are one. Set tie_word_embeddings to false."
             )
     return source
 
@@ -181,7 +188,7 @@ def _record(family: Family, reader: Reader | PickleReader) -> dict[str, Any]:
 
 
 def recorded_layout(config: HybridConfig, blocks: Blocks) -> Layout | None:
-    """The files that a config's source had; None when they do not hold exactly the tensors of `blocks`."""
+    """The files of a config's source; None unless they hold just the tensors of `blocks`."""
     assert config.source_layout is not None
     shapes = {b.name: b.shape for cut in blocks.values() for b in cut}
     entries = config.source_layout["files"]
@@ -199,21 +206,29 @@ def recorded_layout(config: HybridConfig, blocks: Blocks) -> Layout | None:
 
 
 def published_config(family: Family, config: HybridConfig, dtype: str) -> dict[str, Any]:
-    """The family's config.json of an architecture; CheckpointError where the family cannot express it."""
+    """The family's config.json of an architecture; CheckpointError if it cannot express it."""
     published = family.write(config)
     unsaid = differences(config, family.read(published))
     if unsaid:
         raise CheckpointError(
-            f"{family.model_type}: cannot express {', '.join(unsaid)} of this config; its config.json has no such key. "
-            "Save in the native layout."
+            f"{family.model_type}: cannot express {', '.join(unsaid)} of this config; its "
+            "config.json has no such key. Save in the native layout."
         )
     return {**published, "dtype": dtype}
 
 
 def differences(ours: HybridConfig, theirs: HybridConfig) -> list[str]:
     """Where two configs compute different functions; empty when they are one architecture."""
-    fields = ("d_model", "vocab_size", "norm_eps", "tie_embeddings", "residual_multiplier",
-              "embedding_multiplier", "logits_multiplier", "eos_token_id")  # fmt: skip
+    fields = (
+        "d_model",
+        "vocab_size",
+        "norm_eps",
+        "tie_embeddings",
+        "residual_multiplier",
+        "embedding_multiplier",
+        "logits_multiplier",
+        "eos_token_id",
+    )
     found = [f for f in fields if getattr(ours, f) != getattr(theirs, f)]
     if len(ours.places) != len(theirs.places):
         return [*found, "pattern"]

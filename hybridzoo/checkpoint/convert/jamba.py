@@ -1,4 +1,4 @@
-"""Jamba (arXiv 2403.19887): v0.1, 1.5 to 1.7, 2, Reasoning-3B, and the layout of the first remote code."""
+"""Jamba (arXiv 2403.19887): v0.1, 1.5 to 1.7, 2, Reasoning-3B; the first remote code's layout."""
 
 from __future__ import annotations
 
@@ -6,15 +6,21 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from hybridzoo.checkpoint.convert.base import Conv, Family, compact
+from hybridzoo.checkpoint.convert import names
+from hybridzoo.checkpoint.convert.base import Family, compact
 from hybridzoo.config import HybridConfig
 from hybridzoo.errors import CheckpointError
 from hybridzoo.options import checked, suggest
 
 _ACTIVATIONS = {
-    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
-    "relu": "relu", "relu2": "relu2",
-}  # fmt: skip
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+}
 # key -> type and default; what the class itself falls back to when a file leaves the key out.
 _KEYS: dict[str, tuple[Any, Any]] = {
     "vocab_size": (int, 65536),
@@ -47,63 +53,43 @@ _KEYS: dict[str, tuple[Any, Any]] = {
     "layers_block_type": (Any, None),
     "layer_types": (Any, None),
 }
+# beyond these a number is a typing error, refused before anything is listed.
+_LIMITS = {
+    "num_hidden_layers": {"min": 1, "max": 10_000},
+    "num_experts": {"min": 0, "max": 100_000},
+}
 # keys that change nothing a forward computes.
 _IGNORED = re.compile(
-    "model_type|architectures|auto_map|(torch_)?dtype|transformers_version|_name_or_path|_attn_implementation.*|"
-    "initializer_range|use_cache|output_(router_logits|attentions|hidden_states)|return_dict|(pad|bos)_token_id|"
-    "max_position_embeddings|n_ctx|attention_dropout|num_logits_to_keep|calc_logits_for_entire_prompt|"
-    "use_(mamba_kernels|mambapy|associative_scan)|chunk_size_feed_forward|problem_type|(id2label|label2id)|"
+    "model_type|architectures|auto_map|(torch_)?dtype|transformers_version|_name_or_path|"
+    "_attn_implementation.*|initializer_range|use_cache|return_dict|(pad|bos)_token_id|"
+    "output_(router_logits|attentions|hidden_states)|max_position_embeddings|n_ctx|"
+    "attention_dropout|num_logits_to_keep|calc_logits_for_entire_prompt|chunk_size_feed_forward|"
+    "use_(mamba_kernels|mambapy|associative_scan)|problem_type|id2label|label2id|"
     "is_encoder_decoder"
 )
 
 
+# ours -> the key that says it.
+_MAMBA = {
+    "d_state": "mamba_d_state",
+    "d_conv": "mamba_d_conv",
+    "conv_bias": "mamba_conv_bias",
+    "in_proj_bias": "mamba_proj_bias",
+}
+
+
 def _read(published: Mapping[str, Any]) -> HybridConfig:
     options = _options(published)
-    d, eps = options["hidden_size"], options["rms_norm_eps"]
-    layers = {
-        "M": {
-            "kind": "mamba1",
-            "d_state": options["mamba_d_state"],
-            "d_conv": options["mamba_d_conv"],
-            "expand": options["mamba_expand"],
-            "dt_rank": None if options["mamba_dt_rank"] == "auto" else options["mamba_dt_rank"],
-            "conv_bias": options["mamba_conv_bias"],
-            "in_proj_bias": options["mamba_proj_bias"],
-            "out_proj_bias": options["mamba_proj_bias"],
-            "x_norm": "learned" if options["mamba_inner_layernorms"] else "none",
-            "norm_eps": eps,
-        },
-        "A": {
-            "kind": "attention",
-            "n_heads": options["num_attention_heads"],
-            "n_kv_heads": options["num_key_value_heads"],
-            "head_dim": options["head_dim"],
-        },
-        "F": {
-            "kind": "mlp",
-            "d_ff": options["intermediate_size"],
-            "activation": options["hidden_act"],
-        },
-        "E": {
-            "kind": "moe",
-            "d_ff": options["intermediate_size"],
-            "activation": options["hidden_act"],
-            "n_experts": options["num_experts"],
-            "top_k": options["num_experts_per_tok"],
-            # the family scores experts in the model's dtype.
-            "router_fp32": False,
-            "aux_loss": options["router_aux_loss_coef"],
-        },
-    }
     pairs = _pairs(options)
+    used = {letter for pair in pairs for letter in pair}
     eos = options["eos_token_id"]
     return HybridConfig(
         name="jamba",
-        d_model=d,
+        d_model=options["hidden_size"],
         vocab_size=options["vocab_size"],
         pattern=compact(pairs),
-        layers={k: v for k, v in layers.items() if any(k in pair for pair in pairs)},
-        norm_eps=eps,
+        layers={letter: entry for letter, entry in _legend(options).items() if letter in used},
+        norm_eps=options["rms_norm_eps"],
         tie_embeddings=options["tie_word_embeddings"],
         tokenizer="tokenizer.json",
         # of several ends, the first is the text's; the others are a chat template's.
@@ -111,32 +97,62 @@ def _read(published: Mapping[str, Any]) -> HybridConfig:
     )
 
 
+def _legend(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    ffn = {"d_ff": options["intermediate_size"], "activation": options["hidden_act"]}
+    rank = options["mamba_dt_rank"]
+    mamba = {ours: options[key] for ours, key in _MAMBA.items()} | {
+        "expand": options["mamba_expand"],
+        "dt_rank": None if rank == "auto" else rank,
+        "out_proj_bias": options["mamba_proj_bias"],
+        "x_norm": "learned" if options["mamba_inner_layernorms"] else "none",
+        "norm_eps": options["rms_norm_eps"],
+    }
+    attention = {
+        "n_heads": options["num_attention_heads"],
+        "n_kv_heads": options["num_key_value_heads"],
+        "head_dim": options["head_dim"],
+    }
+    experts = {
+        "n_experts": options["num_experts"],
+        "top_k": options["num_experts_per_tok"],
+        "aux_loss": options["router_aux_loss_coef"],
+        # the family scores experts in the model's dtype.
+        "router_fp32": False,
+    }
+    return {
+        "M": {"kind": "mamba1", **mamba},
+        "A": {"kind": "attention", **attention},
+        "F": {"kind": "mlp", **ffn},
+        "E": {"kind": "moe", **ffn, **experts},
+    }
+
+
 def _options(published: Mapping[str, Any]) -> dict[str, Any]:
-    """Every key that matters, of the right type; CheckpointError on a key that is neither known nor known to be idle."""
+    """Every key that matters, of the right type; CheckpointError on a key not known at all."""
     published = dict(published)
     if "num_local_experts" in published:
         published.setdefault("num_experts", published.pop("num_local_experts"))
     for key in published:
         if key not in _KEYS and not _IGNORED.fullmatch(key):
             raise CheckpointError(
-                f"{key} is not a key of jamba ({published[key]!r}); {suggest(key, _KEYS)}an unknown key may "
-                "change the function. Remove it if it does not."
+                f"{key} is not a key of jamba ({published[key]!r}); {suggest(key, _KEYS)}an "
+                "unknown key may change the function. Remove it if it does not."
             )
     options = {
-        key: checked(key, published.get(key, default), hint, {"min": 0})
+        key: checked(key, published.get(key, default), hint, _LIMITS.get(key, {"min": 0}))
         for key, (hint, default) in _KEYS.items()
     }
     for key in ("sliding_window", "quantization_config"):
         if options[key] is not None:
             raise CheckpointError(
-                f"{key} is set ({options[key]!r}); hybridzoo reads Jamba without it. Use a checkpoint "
-                "that has it null."
+                f"{key} is set ({options[key]!r}); hybridzoo reads Jamba without it. Use a "
+                "checkpoint that has it null."
             )
     act = options["hidden_act"]
     if act not in _ACTIVATIONS:
         raise CheckpointError(
-            f"unknown hidden_act ({act!r}); {suggest(act, _ACTIVATIONS)}known: {', '.join(_ACTIVATIONS)}. "
-            "Choose one of them."
+            f"unknown hidden_act ({act!r}); {suggest(act, _ACTIVATIONS)}known: "
+            f"{', '.join(_ACTIVATIONS)}. Choose one of them."
         )
     options["hidden_act"] = _ACTIVATIONS[act]
     return options
@@ -148,8 +164,8 @@ def _pairs(options: Mapping[str, Any]) -> list[str]:
         period, offset = options[f"{key}_layer_period"], options[f"{key}_layer_offset"]
         if not 0 <= offset < period:
             raise CheckpointError(
-                f"{key}_layer_offset ({offset}) must be smaller than {key}_layer_period ({period}). "
-                "Mend config.json."
+                f"{key}_layer_offset ({offset}) must be smaller than {key}_layer_period "
+                f"({period}). Mend config.json."
             )
     attention = (options["attn_layer_period"], options["attn_layer_offset"])
     experts = (options["expert_layer_period"], options["expert_layer_offset"])
@@ -159,10 +175,8 @@ def _pairs(options: Mapping[str, Any]) -> list[str]:
         + ("E" if has_experts and i % experts[0] == experts[1] else "F")
         for i in range(options["num_hidden_layers"])
     ]
-    if not pairs:
-        raise CheckpointError("num_hidden_layers: too small (0); a model has layers. Mend config.json.")
-    names = (("mamba", "attention"), ("linear_attention", "full_attention"))
-    spelled = [[pick[p[0] == "A"] for p in pairs] for pick in names]
+    words = (("mamba", "attention"), ("linear_attention", "full_attention"))
+    spelled = [[word[p[0] == "A"] for p in pairs] for word in words]
     for key in ("layers_block_type", "layer_types"):
         if options[key] is not None and options[key] not in spelled:
             raise CheckpointError(
@@ -171,27 +185,22 @@ def _pairs(options: Mapping[str, Any]) -> list[str]:
             )
     if any(p[0] == "M" for p in pairs) and options["hidden_act"] != "silu":
         raise CheckpointError(
-            f"hidden_act is {options['hidden_act']}; Mamba layers of Jamba would use it too, and mamba1 has "
-            "silu only. Use a checkpoint with silu."
+            f"hidden_act is {options['hidden_act']}; Mamba layers of Jamba would use it too, and "
+            "mamba1 has silu only. Use a checkpoint with silu."
         )
     return pairs
 
 
 def _write(config: HybridConfig) -> dict[str, Any]:
-    kinds = [[branch.config for branch in place] for place in config.places]
-    if len(kinds) % 2 or any(len(k) != 1 for k in kinds):
+    places = [[branch.config for branch in place] for place in config.places]
+    if len(places) % 2 or any(len(place) != 1 for place in places):
         raise CheckpointError(
-            f"jamba: cannot express the pattern ({config.pattern}); every mixer is followed by one feed-forward layer. "
-            "Save in the native layout."
+            f"jamba: cannot express the pattern ({config.pattern}); every mixer is followed by one "
+            "feed-forward layer. Save in the native layout."
         )
-    mixers, ffns = [k[0] for k in kinds[::2]], [k[0] for k in kinds[1::2]]
+    mixers, ffns = [p[0] for p in places[::2]], [p[0] for p in places[1::2]]
     by_kind = {c.kind: c for c in (*mixers, *ffns)}
-    mamba, attention = by_kind.get("mamba1"), by_kind.get("attention")
-    mlp, moe = by_kind.get("mlp"), by_kind.get("moe")
-    ffn: Any = moe or mlp
-    attn_period, attn_offset = _period([c.kind == "attention" for c in mixers])
-    expert_period, expert_offset = _period([c.kind == "moe" for c in ffns])
-    published: dict[str, Any] = {
+    published = {
         "architectures": ["JambaForCausalLM"],
         "model_type": "jamba",
         "vocab_size": config.vocab_size,
@@ -200,35 +209,33 @@ def _write(config: HybridConfig) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         "eos_token_id": config.eos_token_id,
-        "attn_layer_period": attn_period,
-        "attn_layer_offset": attn_offset,
-        "expert_layer_period": expert_period,
-        "expert_layer_offset": expert_offset,
-        "num_experts": getattr(moe, "n_experts", 1),
-        "num_experts_per_tok": getattr(moe, "top_k", 1),
-        "router_aux_loss_coef": getattr(moe, "aux_loss", 0.001),
-        "intermediate_size": getattr(ffn, "d_ff", 1),
-        "hidden_act": {v: k for k, v in reversed(_ACTIVATIONS.items())}[
-            getattr(ffn, "activation", "silu")
-        ],
-        **_write_mamba(mamba, config.d_model),
-        **_write_attention(attention, config.d_model),
+        **_write_period("attn", [c.kind == "attention" for c in mixers]),
+        **_write_period("expert", [c.kind == "moe" for c in ffns]),
+        **_write_ffn(by_kind.get("moe"), by_kind.get("mlp")),
+        **_write_mamba(by_kind.get("mamba1"), config.d_model),
+        **_write_attention(by_kind.get("attention"), config.d_model),
     }
     return dict(sorted(published.items()))
+
+
+def _write_ffn(moe: Any, mlp: Any) -> dict[str, Any]:
+    ffn = moe or mlp
+    keys: dict[str, Any] = {"num_experts": 1, "num_experts_per_tok": 1}
+    if moe is not None:
+        keys = {"num_experts": moe.n_experts, "num_experts_per_tok": moe.top_k}
+        keys["router_aux_loss_coef"] = moe.aux_loss
+    if ffn is not None:
+        spelled = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
+        keys |= {"intermediate_size": ffn.d_ff, "hidden_act": spelled[ffn.activation]}
+    return keys
 
 
 def _write_mamba(mamba: Any, d_model: int) -> dict[str, Any]:
     if mamba is None:
         return {}
     d_inner, dt_rank = mamba.widths(d_model)
-    keys = {
-        "mamba_d_state": mamba.d_state,
-        "mamba_d_conv": mamba.d_conv,
-        "mamba_expand": d_inner // d_model,
-        "mamba_dt_rank": dt_rank,
-        "mamba_conv_bias": mamba.conv_bias,
-        "mamba_proj_bias": mamba.in_proj_bias,
-    }
+    keys = {key: getattr(mamba, ours) for ours, key in _MAMBA.items()}
+    keys |= {"mamba_expand": d_inner // d_model, "mamba_dt_rank": dt_rank}
     return keys if mamba.x_norm != "none" else {**keys, "mamba_inner_layernorms": False}
 
 
@@ -241,16 +248,16 @@ def _write_attention(attention: Any, d_model: int) -> dict[str, Any]:
     return keys if head_dim * n_heads == d_model else {**keys, "head_dim": head_dim}
 
 
-def _period(wanted: list[bool]) -> tuple[int, int]:
-    """(period, offset) of the layers that are so; a layer that never comes has its turn after the last."""
+def _write_period(key: str, wanted: list[bool]) -> dict[str, int]:
+    """Period and offset of the layers that are so; one that never comes is due after the last."""
     n = len(wanted)
     for period in range(1, n + 2):
         for offset in range(period):
             if [i % period == offset for i in range(n)] == wanted:
-                return period, offset
+                return {f"{key}_layer_period": period, f"{key}_layer_offset": offset}
     raise CheckpointError(
-        "jamba: cannot express the pattern; its attention layers, and its experts, come once in a fixed period. "
-        "Save in the native layout."
+        "jamba: cannot express the pattern; its attention layers, and its experts, come once in a "
+        "fixed period. Save in the native layout."
     )
 
 
@@ -259,10 +266,7 @@ JAMBA = Family(
     read=_read,
     write=_write,
     layer="model.layers.{}.",
-    norms=(
-        "input_layernorm.weight",
-        ("pre_ff_layernorm.weight", "pre_moe_layernorm.weight"),
-    ),
+    norms=("input_layernorm.weight", ("pre_ff_layernorm.weight", "pre_moe_layernorm.weight")),
     top={
         "embed.weight": "model.embed_tokens.weight",
         "norm.weight": "model.final_layernorm.weight",
@@ -270,35 +274,14 @@ JAMBA = Family(
     },
     kinds={
         "mamba1": {
-            "in_proj.weight": "mamba.in_proj.weight",
-            "in_proj.bias": "mamba.in_proj.bias",
-            "conv_weight": Conv("mamba.conv1d.weight"),
-            "conv_bias": "mamba.conv1d.bias",
-            "x_proj.weight": "mamba.x_proj.weight",
+            **names.mamba1("mamba."),
             "dt_norm.weight": "mamba.dt_layernorm.weight",
             "B_norm.weight": ("mamba.b_layernorm.weight", "mamba.B_layernorm.weight"),
             "C_norm.weight": ("mamba.c_layernorm.weight", "mamba.C_layernorm.weight"),
-            "dt_proj.weight": "mamba.dt_proj.weight",
-            "dt_bias": "mamba.dt_proj.bias",
-            "A_log": "mamba.A_log",
-            "D": "mamba.D",
-            "out_proj.weight": "mamba.out_proj.weight",
-            "out_proj.bias": "mamba.out_proj.bias",
         },
-        "attention": {
-            "qkv_proj.weight": "self_attn.{q,k,v}_proj.weight",
-            "out_proj.weight": "self_attn.o_proj.weight",
-        },
-        "mlp": {
-            "gate_up_proj.weight": (
-                "feed_forward.{gate,up}_proj.weight",
-                "moe.experts.0.{gate,up}_proj.weight",
-            ),
-            "down_proj.weight": (
-                "feed_forward.down_proj.weight",
-                "moe.experts.0.down_proj.weight",
-            ),
-        },
+        "attention": names.attention("self_attn."),
+        # the first remote code has a mixture of one where the others have a plain layer.
+        "mlp": names.either(names.gated_mlp("feed_forward."), names.gated_mlp("moe.experts.0.")),
         "moe": {
             "expert_up_weight": (
                 "feed_forward.experts.{e}.{gate,up}_proj.weight",

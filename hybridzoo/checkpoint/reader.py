@@ -1,0 +1,173 @@
+"""Opening a checkpoint: which files it has, where they lie, whether they are what they say."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hybridzoo.checkpoint.io import COMMITTED, INDEX_FILE, SINGLE_FILE, Layout
+from hybridzoo.checkpoint.shard import Spec, open_shard
+from hybridzoo.errors import CheckpointError
+
+_SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")
+
+
+class Reader:
+    """The tensors of a directory, a single file or an index's shards; opening reads headers only.
+
+    Attributes:
+        directory: where the files are.
+        layout: which tensors stand in which files, as found.
+
+    Raises:
+        CheckpointError: a file is missing, lies outside the directory, or is not what a safetensors
+            file must be.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        entry = self._entry()
+        if entry == SINGLE_FILE:
+            self.layout = Layout({SINGLE_FILE: open_shard(self._safe_path(SINGLE_FILE))})
+        else:
+            index = self.read_json(INDEX_FILE)
+            weight_map = self._weight_map(index)
+            files = dict.fromkeys(weight_map.values())
+            shards = {name: open_shard(self._safe_path(name)) for name in sorted(files)}
+            self.layout = Layout(shards, index.get("metadata", {}))
+            self._check_weight_map(weight_map)
+        self._home = {n: s for s in self.layout.files.values() for n in s.tensors}
+
+    @property
+    def specs(self) -> dict[str, Spec]:
+        """Dtype and shape of every tensor, from the headers."""
+        return {name: shard.tensors[name] for name, shard in self._home.items()}
+
+    def file_of(self, name: str) -> str:
+        """The file that holds a tensor, for messages."""
+        return next(file for file, shard in self.layout.files.items() if name in shard.tensors)
+
+    def view(self, name: str) -> Tensor:
+        """The mapped, read-only tensor: a slice reads only its bytes; clone before writing."""
+        return self._home[name].view(name)
+
+    def get(self, name: str) -> Tensor:
+        """The tensor in memory of its own."""
+        return self.view(name).clone()
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON object beside the weights."""
+        path = resolve(self.directory, name)
+        return read_json(path)
+
+    def _entry(self) -> str:
+        for place in (self.directory / COMMITTED, self.directory):
+            found = [n for n in (INDEX_FILE, SINGLE_FILE) if (place / n).exists()]
+            if len(found) > 1:
+                raise CheckpointError(
+                    f"{place}: holds both {INDEX_FILE} and {SINGLE_FILE}; a checkpoint has one of "
+                    "them. Remove the stale one."
+                )
+            if found:
+                return found[0]
+        if not self.directory.is_dir():
+            raise CheckpointError(
+                f"{self.directory}: no such directory; a checkpoint is a directory with "
+                "config.json and safetensors. Check the path."
+            )
+        pickles = sorted(
+            p.name for p in self.directory.iterdir() if p.suffix in (".bin", ".pt", ".pth")
+        )
+        if pickles:
+            raise CheckpointError(
+                f"{self.directory}: only pickled weights ({pickles[0]}); hybridzoo loads "
+                "safetensors, because a pickle can run code. Rewrite them once with `hybridzoo "
+                f"convert {self.directory} TARGET --from-pickle`."
+            )
+        raise CheckpointError(
+            f"{self.directory}: no weights; expected {SINGLE_FILE} or {INDEX_FILE}. Check the "
+            "path or download again."
+        )
+
+    def _safe_path(self, name: str) -> Path:
+        path = resolve(self.directory, name)
+        if not path.exists():
+            raise CheckpointError(
+                f"{path}: missing; the checkpoint needs this file. Download it again."
+            )
+        home = self.directory.resolve()
+        allowed = [home]
+        if home.parent.name == "snapshots":
+            # huggingface_hub's cache: a snapshot's files are links to blobs/ of the same
+            # repository.
+            allowed.append(home.parent.parent / "blobs")
+        if not any(path.resolve().is_relative_to(a) for a in allowed):
+            raise CheckpointError(
+                f"{path}: leads out of the directory ({path.resolve()}); a checkpoint's files lie "
+                "in it. Copy the file there if you trust it."
+            )
+        return path
+
+    def _weight_map(self, index: dict[str, Any]) -> dict[str, str]:
+        weight_map, metadata = index.get("weight_map"), index.get("metadata", {})
+        if not isinstance(weight_map, dict) or not weight_map or not isinstance(metadata, dict):
+            raise CheckpointError(
+                f"{self.directory / INDEX_FILE}: no weight_map ({type(weight_map).__name__}); an "
+                "index maps each tensor to a file. Download it again."
+            )
+        for tensor, file in weight_map.items():
+            if not isinstance(file, str) or not _SHARD_NAME.fullmatch(file):
+                raise CheckpointError(
+                    f"{self.directory / INDEX_FILE}: {tensor} is in an illegal file ({file!r}); "
+                    "shards are plain names such as model-00001-of-00002.safetensors in the same "
+                    "directory. Do not trust this checkpoint."
+                )
+        return weight_map
+
+    def _check_weight_map(self, weight_map: dict[str, str]) -> None:
+        seen: dict[str, str] = {}
+        for file, shard in self.layout.files.items():
+            for name in shard.tensors:
+                if name in seen:
+                    raise CheckpointError(
+                        f"{self.directory / file}: {name} is also in {seen[name]}; each tensor is "
+                        "in one file. Download both again."
+                    )
+                seen[name] = file
+        for name in sorted(seen.keys() | weight_map.keys()):
+            if seen.get(name) != weight_map.get(name):
+                raise CheckpointError(
+                    f"{self.directory / INDEX_FILE}: {name} should be in "
+                    f"{weight_map.get(name, 'no file')} but is in {seen.get(name, 'none')}; index "
+                    "and shards must agree. Download them again."
+                )
+
+
+def resolve(directory: Path, name: str) -> Path:
+    """Where a file lies: in a committed save that was cut short, or in the directory."""
+    committed = directory / COMMITTED / name
+    return committed if committed.exists() else directory / name
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; CheckpointError says what else it holds."""
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: missing; a checkpoint has this file. Check the path or download it again."
+        )
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: not JSON ({error}); expected an object. Download it again."
+        ) from None
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path}: a {type(content).__name__}, not an object; expected {{key: value}}. "
+            "Download it again."
+        )
+    return content

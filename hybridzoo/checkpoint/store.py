@@ -1,0 +1,153 @@
+"""One save: which file holds what in which dtype, and the texts that say so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hybridzoo.checkpoint.convert import MODEL_TYPE, family
+from hybridzoo.checkpoint.convert.base import (
+    Family,
+    differences,
+    published_config,
+    recorded_layout,
+)
+from hybridzoo.checkpoint.io import INDEX_FILE, Layout, plan, write
+from hybridzoo.checkpoint.layout import Blocks, unfused, whole
+from hybridzoo.checkpoint.shard import DTYPE_NAMES, DTYPES, Spec
+from hybridzoo.config import HybridConfig
+from hybridzoo.errors import CheckpointError
+from hybridzoo.layers import Param
+
+NATIVE = "native"
+
+
+class Parameters(Protocol):
+    """Canonical parameters, of a model or of a checkpoint."""
+
+    config: HybridConfig
+
+    @property
+    def params(self) -> Mapping[str, Param]:
+        """Their declarations."""
+
+    def dtype(self, name: str) -> str:
+        """Stored dtype of one."""
+
+    def fetch(self, name: str) -> Tensor:
+        """One in full."""
+
+
+class Store:
+    """One save.
+
+    Args:
+        directory: where it goes.
+        layout: "native" or a family.
+        dtype: of the weights, those that stay fp32 aside; None keeps each one's.
+        max_shard_bytes: size of a file, where no source's files are wanted back.
+    """
+
+    def __init__(
+        self, directory: str | Path, layout: str, dtype: torch.dtype | None, max_shard_bytes: int
+    ) -> None:
+        self.directory, self.dtype, self.max_shard_bytes = directory, dtype, max_shard_bytes
+        self.family = None if layout == NATIVE else family(layout)
+        if dtype is not None and not dtype.is_floating_point:
+            raise CheckpointError(
+                f"dtype: not a weight's ({dtype}); weights are floating point. Use torch.bfloat16 "
+                "or torch.float32."
+            )
+
+    def run(self, source: Parameters, texts: dict[str, bytes], *, writes: bool) -> None:
+        """Write everything, or only take part in the gathering of what another rank writes."""
+        config = source.config
+        if self.family is None:
+            blocks: Blocks = whole(config)
+            files = plan(self._specs(source, blocks), self.max_shard_bytes)
+            texts = {**texts, "config.json": self._native_text(source)}
+        else:
+            blocks, files, own = self._published(self.family, source)
+            texts = {**own, **texts}
+        fetch = unfused(source.fetch, blocks)
+        if writes:
+            write(self.directory, files, fetch, texts=texts)
+            return
+        for shard in files.files.values():
+            for name in shard.tensors:
+                fetch(name)
+
+    def _specs(self, source: Parameters, blocks: Blocks) -> dict[str, Spec]:
+        return {
+            block.name: Spec(self._dtype(source, name), block.shape)
+            for name, cut in blocks.items()
+            for block in cut
+        }
+
+    def _dtype(self, source: Parameters, name: str) -> str:
+        if self.dtype is None:
+            return source.dtype(name)
+        wide = torch.promote_types(self.dtype, torch.float32)
+        return DTYPE_NAMES[wide if source.params[name].fp32 else self.dtype]
+
+    def _native_text(self, source: Parameters) -> bytes:
+        content = {
+            "model_type": MODEL_TYPE,
+            "dtype": self._main_dtype(source),
+            **source.config.to_dict(),
+        }
+        return (json.dumps(content, indent=2) + "\n").encode()
+
+    def _main_dtype(self, source: Parameters) -> str:
+        name = self._dtype(source, "embed.weight")
+        return str(DTYPES[name]).removeprefix("torch.")
+
+    def _published(
+        self, known: Family, source: Parameters
+    ) -> tuple[Blocks, Layout, dict[str, bytes]]:
+        """The source's own files if remembered and still fitting, else the newest dialect's."""
+        config, layout = source.config, source.config.source_layout
+        texts: dict[str, str] = {}
+        if layout is not None and layout.get("family") == known.model_type:
+            texts = dict(layout["texts"])
+            published = json.loads(texts["config.json"])
+            if not differences(config, known.read(published)):
+                names = {n for entry in layout["files"] for n in entry["tensors"]}
+                blocks = known.blocks(config, names)
+                files = recorded_layout(config, blocks)
+                if files is not None:
+                    return self._as_recorded(source, blocks, files, texts)
+        published = published_config(known, config, self._main_dtype(source))
+        texts["config.json"] = json.dumps(published, indent=2) + "\n"
+        texts.pop(INDEX_FILE, None)
+        blocks = known.blocks(config)
+        files = plan(self._specs(source, blocks), self.max_shard_bytes)
+        return blocks, files, _encoded(texts)
+
+    def _as_recorded(
+        self, source: Parameters, blocks: Blocks, files: Layout, texts: dict[str, str]
+    ) -> tuple[Blocks, Layout, dict[str, bytes]]:
+        if self.dtype is not None:
+            specs = self._specs(source, blocks)
+            for file, shard in files.files.items():
+                files.files[file] = replace(
+                    shard, tensors={n: specs[n] for n in shard.tensors}, header=None
+                )
+            if files.index is not None:
+                files.index = {"total_size": sum(s.n_bytes for s in specs.values())}
+                texts.pop(INDEX_FILE, None)
+            published = json.loads(texts["config.json"])
+            key = "torch_dtype" if "torch_dtype" in published else "dtype"
+            published[key] = self._main_dtype(source)
+            texts["config.json"] = json.dumps(published, indent=2) + "\n"
+        return blocks, files, _encoded(texts)
+
+
+def _encoded(texts: Mapping[str, str]) -> dict[str, bytes]:
+    return {name: text.encode() for name, text in texts.items()}
