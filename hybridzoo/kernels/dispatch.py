@@ -4,13 +4,15 @@ import difflib
 import importlib
 import os
 import pkgutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, NoReturn, Protocol, cast
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar, cast
 
 import torch
 
 from hybridzoo.errors import BackendError
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 ENV_NAME = "HYBRIDZOO_KERNELS"
 
@@ -176,9 +178,19 @@ def explain(device: torch.device | str) -> list[Row]:
     return [row for name in list_ops() for row in find_op(name).explain_device(where)]
 
 
+def _constant(function: F) -> F:
+    """Let a graph being traced take the function's result as a constant.
+
+    torch.compiler.assume_constant_result sets this very mark, but imports the compiler to do so,
+    which costs every command more than a second.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 # a graph being traced cannot import: it takes the result of these two as constants, and only then
 # reads the modules, so the first call of an op may well be a compiled one
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_constant
 def _import_backends(name: str) -> bool:
     op = _OPS[name]
     if not op._modules:
@@ -186,7 +198,7 @@ def _import_backends(name: str) -> bool:
     return True
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_constant
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a CUDA device, usable in `why_not` under torch.compile."""
     return torch.cuda.get_device_capability(device)
