@@ -1,4 +1,7 @@
-"""Process groups and the autograd collectives of tensor parallelism; every one is a no-op on one rank."""
+"""Process groups and the autograd collectives of tensor parallelism.
+
+Every one is a no-op on one rank.
+"""
 
 from __future__ import annotations
 
@@ -27,23 +30,30 @@ class Axis:
     group: dist.ProcessGroup | None = None
 
     def copy_in(self, x: Tensor) -> Tensor:
-        """Identity; its gradient is summed over ranks. Entry of a region in which each rank computes a share."""
+        """Identity; its gradient is summed over ranks.
+
+        Entry of a region in which each rank computes a share.
+        """
         return x if self.world == 1 else _CopyIn.apply(x, self)
 
     def sum_out(self, y: Tensor) -> Tensor:
-        """Sum over ranks; its gradient passes unchanged. Exit of a region in which each rank computed a share."""
+        """Sum over ranks; its gradient passes unchanged.
+
+        Exit of a region in which each rank computed a share.
+        """
         return y if self.world == 1 else _SumOut.apply(y, self)
 
     def sum_both(self, x: Tensor) -> Tensor:
-        """Sum over ranks whose gradient is summed too: a statistic that every rank goes on to use in its share."""
+        """Sum over ranks whose gradient is summed too: a statistic that each rank's share uses."""
         return self.copy_in(self.sum_out(x))
 
     def sum_grads(self, params: Sequence[Tensor], units: Sequence[int]) -> tuple[Tensor, ...]:
-        """The same tensors; in backward ONE flat all-reduce sums each gradient over the ranks that hold a copy.
+        """The same tensors; one flat all-reduce in backward sums each gradient over its holders.
 
         Args:
             params: tensors held in copies by several ranks.
-            units: for each, how many different contents the ranks hold (1: all alike; n_groups for B/C rows).
+            units: for each, how many different contents the ranks hold (1: all alike; n_groups for
+                B/C rows).
         """
         if self.world == 1 or not params:
             return tuple(params)

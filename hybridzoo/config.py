@@ -1,4 +1,7 @@
-"""HybridConfig: one model as text (YAML or JSON) and as typed values; every user error is caught here, before any tensor."""
+"""HybridConfig: one model as text (YAML or JSON) and as typed values.
+
+Every user error is caught here, before any tensor.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ class Shared:
 
 @dataclass(frozen=True)
 class Branch:
-    """One layer of one place: its letter, its hyperparameters and, if its weights are shared, their name."""
+    """One layer of one place: letter, hyperparameters and, of shared weights, their name."""
 
     letter: str
     config: LayerConfig
@@ -49,7 +52,8 @@ class HybridConfig:
         vocab_size: rows of the embedding and of the head.
         pattern: which layer stands where, in the grammar of pattern.py.
         layers: the pattern's legend: letter -> kind and hyperparameters, or {shared: name}.
-        layers_at: hyperparameters that differ at single places, by 0-based index; by letter as well at a parallel place.
+        layers_at: hyperparameters that differ at single places, by 0-based index; by letter as well
+            at a parallel place.
         shared: weights that several places use, by name.
         name: the model's name.
         norm_eps: eps of every block's norm and of the final one.
@@ -61,7 +65,8 @@ class HybridConfig:
         dropout: probability, in training, of dropping an element of a sublayer's output.
         tokenizer: "bytes", or a tokenizers JSON's file name beside the weights.
         eos_token_id: ends a text; generation stops at it when the caller asks.
-        source_layout: what an imported checkpoint's files looked like, so that export writes the same bytes.
+        source_layout: what an imported checkpoint's files looked like, so that export writes the
+            same bytes.
     """
 
     d_model: int
@@ -83,7 +88,7 @@ class HybridConfig:
     source_layout: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        """Read the legend into typed configs and check everything that can be checked without a tensor."""
+        """Read the legend into typed configs and check all that needs no tensor."""
         check_fields("config", self)
         object.__setattr__(
             self, "layers", {k: _legend_entry(f"layers.{k}", v) for k, v in self.layers.items()}
@@ -93,8 +98,8 @@ class HybridConfig:
         self._check_places()
         if self.n_params() > MAX_PARAMS:
             raise ConfigError(
-                f"config: {self.n_params():,} parameters; more than {MAX_PARAMS:,} are a typing error. "
-                "Check d_model, vocab_size and the layers' widths."
+                f"config: {self.n_params():,} parameters; more than {MAX_PARAMS:,} are a typing "
+                "error. Check d_model, vocab_size and the layers' widths."
             )
 
     @classmethod
@@ -112,7 +117,10 @@ class HybridConfig:
         return read_options(cls, "", options, of="a model config")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that differ from their defaults, as plain values; from_dict reads them back equal."""
+        """The fields that differ from their defaults, as plain values.
+
+        from_dict reads them back equal.
+        """
         plain: dict[str, Any] = {"name": self.name}
         for f in fields(self):
             value = getattr(self, f.name)
@@ -156,22 +164,31 @@ class HybridConfig:
             yield "head.weight", embed
 
     def n_params(self) -> int:
-        """Parameters, each shared one once; a router's correction bias is not counted, as in the papers' totals."""
+        """Parameters, each shared one once.
+
+        A router's correction bias is not counted, as in the papers' totals.
+        """
         return sum(_numel(p.shape) for _, p in self.params() if p.trained)
 
     def n_active_params(self) -> int:
-        """Parameters that one token uses: of experts, the top_k picked; shared weights count once."""
+        """Parameters that one token uses: of experts, the top_k picked.
+
+        Shared weights count once.
+        """
         return sum(
             _numel(p.shape) * p.active[0] // p.active[1] for _, p in self.params() if p.trained
         )
 
     def flops_per_token(self, context: int = 0) -> int:
-        """Forward floating-point operations for one token after `context` others, head included; training costs 3 times it."""
+        """Forward floating-point operations for one token after `context` others, head included.
+
+        Training costs 3 times it.
+        """
         layers = sum(b.config.flops(self.d_model, context) for place in self.places for b in place)
         return layers + 2 * self.d_model * self.vocab_size
 
     def state_bytes(self, context: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
-        """Bytes of every layer's state for `batch` sequences of `context` tokens in a model of `dtype`."""
+        """Bytes of all states of `batch` sequences of `context` tokens in a model of `dtype`."""
         specs = (
             s
             for place in self.places
@@ -248,7 +265,8 @@ def _layer(where: str, entry: Any) -> LayerConfig:
         return entry
     if not isinstance(entry, Mapping):
         raise ConfigError(
-            f"{where}: expected a kind and its hyperparameters ({entry!r}); write {{kind: mamba2, ...}}."
+            f"{where}: expected a kind and its hyperparameters ({entry!r}); "
+            "write {kind: mamba2, ...}."
         )
     cls = kind_config(where, entry.get("kind"))
     return cls.from_dict(where, {k: v for k, v in entry.items() if k != "kind"})

@@ -16,11 +16,13 @@ from hybridzoo.layers import Layer, Param, Sequence, State
 from hybridzoo.layers.init import seeded
 from hybridzoo.layers.norm import RMSNorm
 
-class Block(nn.Module):
-    """One residual sublayer: h += multiplier * delta, then the layer of the norm of h gives the next delta.
 
-    The add waits for the next block's norm so that the two fuse. Several layers (a parallel place) read the same normed
-    input and are summed; under tensor parallelism one collective enters and one leaves, however many they are.
+class Block(nn.Module):
+    """One residual sublayer: h += multiplier * delta; the layer of norm(h) gives the next delta.
+
+    The add waits for the next block's norm so that the two fuse. Several layers (a parallel place)
+    read the same normed input and are summed; under tensor parallelism one collective enters and
+    one leaves, however many they are.
     """
 
     def __init__(
@@ -40,13 +42,17 @@ class Block(nn.Module):
             self.branch = nn.ModuleDict(own)
         elif own:
             self.layer = own[place[0].letter]
-        # shared layers are registered once, by the model; a tuple keeps them out of this block's own parameters.
+        # shared layers are registered once, by the model; a tuple keeps them out of this block's
+        # own parameters.
         self._shared = (shared,)
 
     def forward(
         self, h: Tensor, delta: Tensor | None, state: list[State] | None, ctx: Sequence
     ) -> tuple[Tensor, Tensor]:
-        """(h, delta) -> (h, delta); h is the residual stream (b, l, d), delta what is still to be added to it."""
+        """(h, delta) -> (h, delta).
+
+        The residual stream h is (b, l, d), delta what is still to be added to it.
+        """
         x, h = self.normed(h, delta)
         x = self.tp.copy_in(x)
         outs = []
@@ -57,7 +63,7 @@ class Block(nn.Module):
         return h, F.dropout(delta, self.dropout, self.training)
 
     def layers(self) -> list[Layer]:
-        """One layer a branch, looked up each time, so that a module put in a layer's place is used."""
+        """One layer a branch, looked up each time: a module put in a layer's place is used."""
         (shared,) = self._shared
 
         def find(branch: Branch) -> Layer:
@@ -142,11 +148,14 @@ class HybridLM(nn.Module):
 
         Args:
             input_ids: (b, l) integers below vocab_size.
-            attention_mask: (b, l), nonzero at real tokens; padding is on the left.
+            attention_mask: (b, l), nonzero at real tokens; padding is on the left of a sequence's
+                first token, also where a state continues it.
             state: from init_state; continued and updated.
-            cu_seqlens: (s + 1,) int32 starts of packed sequences; then b == 1 and a state has s rows.
+            cu_seqlens: (s + 1,) int32 starts of packed sequences; then b == 1 and a state has s
+                rows.
             max_seqlen: longest packed sequence.
-            slots: (b,) rows of the state that these sequences use; negative rows are computed and dropped.
+            slots: (b,) rows of the state that these sequences use; negative rows are computed and
+                dropped.
 
         Returns:
             (b, l, vocab_size) in the model's dtype.
@@ -175,7 +184,7 @@ class HybridLM(nn.Module):
         return _scaled(self.head(hidden), self.config.logits_multiplier)
 
     def init_state(self, batch: int, max_len: int) -> list[list[State]]:
-        """Empty states for `batch` sequences of at most `max_len` tokens: one State a branch of every block."""
+        """Empty states for `batch` sequences of at most `max_len` tokens, by block and branch."""
         return [block.init_state(batch, max_len) for block in self.blocks]
 
     def named_layers(self) -> Iterator[tuple[str, Layer]]:
@@ -188,7 +197,7 @@ class HybridLM(nn.Module):
             yield f"shared.{name}.", layer
 
     def local_names(self) -> Iterator[tuple[str, Param, dict[str, str]]]:
-        """For each canonical parameter: name, declaration and {name in the cut's terms: name in this module}."""
+        """Each canonical parameter: name, declaration, {name in its cut: name in this module}."""
         layers = dict(self.named_layers())
         for name, p in self.config.params():
             prefix = next((k for k in layers if name.startswith(k)), "")
@@ -213,7 +222,10 @@ class HybridLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> Self:
-        """Load a zoo name, a native directory or a family's published directory; options as in zoo.load."""
+        """Load a zoo name, a native directory or a family's published directory.
+
+        Options as in zoo.load.
+        """
         from hybridzoo.zoo import load
 
         return load(source, **options)

@@ -1,4 +1,4 @@
-"""A file becomes a mapping and a mapping a frozen dataclass, or one sentence says what is wrong and the way out."""
+"""A file becomes a mapping, a mapping a frozen dataclass, or one sentence says what is wrong."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def read_options(cls: type[T], where: str, options: Any, *, of: str) -> T:
         of: what the mapping describes, such as mamba2.
 
     Raises:
-        ConfigError: not a mapping, an unknown or missing key, or a value of the wrong type or range.
+        ConfigError: not a mapping, an unknown or missing key, or a value of the wrong type or
+            range.
     """
     dot = f"{where}." if where else ""
     if not isinstance(options, Mapping):
@@ -43,7 +44,8 @@ def read_options(cls: type[T], where: str, options: Any, *, of: str) -> T:
     for key in options:
         if key not in legal:
             raise ConfigError(
-                f"{dot}{key} is not a key of {of}; {suggest(str(key), legal)}its keys: {', '.join(legal)}."
+                f"{dot}{key} is not a key of {of}; {suggest(str(key), legal)}"
+                f"its keys: {', '.join(legal)}."
             )
     hints = get_type_hints(cls)
     made = {}
@@ -52,7 +54,8 @@ def read_options(cls: type[T], where: str, options: Any, *, of: str) -> T:
             made[name] = checked(f"{dot}{name}", options[name], hints[name], f.metadata)
         elif f.default is MISSING and f.default_factory is MISSING:
             raise ConfigError(
-                f"{dot}{name} is missing; {of} needs it. Add '{name}: ...' ({_describe(hints[name])})."
+                f"{dot}{name} is missing; {of} needs it. "
+                f"Add '{name}: ...' ({_describe(hints[name])})."
             )
     return cls(**made)
 
@@ -62,7 +65,8 @@ def read_file(path: str | Path) -> Any:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(
-            f"{path}: no such file; a config is a .yaml or .json file. Check the path, or `hybridzoo list`."
+            f"{path}: no such file; a config is a .yaml or .json file. "
+            "Check the path, or `hybridzoo list`."
         )
     is_json = path.suffix == ".json"
     try:
@@ -130,7 +134,8 @@ def checked(where: str, value: Any, hint: Any, limits: Mapping[str, Any] = NO_LI
             return value
         legal = ", ".join(map(str, args))
         raise ConfigError(
-            f"{where}: unknown choice ({value!r}); {suggest(str(value), map(str, args))}use one of: {legal}."
+            f"{where}: unknown choice ({value!r}); {suggest(str(value), map(str, args))}"
+            f"use one of: {legal}."
         )
     elif origin is tuple:
         if isinstance(value, (list, tuple)) and (args[-1] is Ellipsis or len(args) == len(value)):

@@ -1,9 +1,10 @@
 """How one parameter is cut over tensor-parallel ranks, and joined again.
 
-A cut is declared once, on the layer's config, in full sizes; loading, exporting, resharding, initialisation and the
-tags that DeepSpeed reads all follow from it. A parameter that is partly cut and partly replicated (Mamba-2's in_proj
-when n_groups < tp, qkv_proj when n_kv_heads < tp) lives in memory as two parameters, `name` (cut) and
-`name_shared` (replicated), because gradients are summed for the second only; a checkpoint holds the one fused name.
+A cut is declared once, on the layer's config, in full sizes; loading, exporting, resharding,
+initialisation and the tags that DeepSpeed reads all follow from it. A parameter that is partly cut
+and partly replicated (Mamba-2's in_proj when n_groups < tp, qkv_proj when n_kv_heads < tp) lives in
+memory as two parameters, `name` (cut) and `name_shared` (replicated), because gradients are summed
+for the second only; a checkpoint holds the one fused name.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ class Part:
 
     Attributes:
         width: full width of the block.
-        units: indivisible pieces in it; rank r of n takes units r * units // n and on, so units < n replicates.
+        units: indivisible pieces in it; rank r of n takes units r * units // n and on, so units < n
+            replicates.
         name: the hyperparameter that counts the units, for error messages.
-        replicates: whether ranks may share a unit (B/C groups and KV heads may, heads and channels may not).
+        replicates: whether ranks may share a unit (B/C groups and KV heads may, heads and channels
+            may not).
     """
 
     width: int
@@ -53,7 +56,8 @@ class Replicate:
     """The whole parameter on every rank.
 
     Attributes:
-        partial_grad: each rank's gradient is only its share (a router that reads local experts), so it is summed.
+        partial_grad: each rank's gradient is only its share (a router that reads local experts), so
+            it is summed.
     """
 
     partial_grad: bool = False
@@ -79,13 +83,16 @@ class Replicate:
 
 @dataclass(frozen=True)
 class Split:
-    """Cut `dim` part by part; shard() slices, join() concatenates and checks that replicated copies are equal."""
+    """Cut `dim` part by part.
+
+    shard() slices, join() concatenates and checks that replicated copies are equal.
+    """
 
     dim: int
     parts: tuple[Part, ...]
 
     def pieces(self, name: str, world: int) -> dict[str, tuple[int, ...]]:
-        """The parameter's names in memory and the indices of the parts, in written order, that each holds."""
+        """The parameter's names in memory and the parts, by index in written order, of each."""
         shared = tuple(i for i, p in enumerate(self.parts) if p.is_shared(world))
         cut = tuple(i for i, p in enumerate(self.parts) if not p.is_shared(world))
         if not cut or not shared:
@@ -93,7 +100,7 @@ class Split:
         return {name: cut, shared_name(name): shared}
 
     def ranges(self, name: str, world: int, rank: int) -> dict[str, list[tuple[int, int]]]:
-        """For each name in memory the (start, stop) slices of the full dimension that `rank` concatenates."""
+        """By name in memory, the (start, stop) slices of the full dimension that `rank` holds."""
         starts = list(accumulate((p.width for p in self.parts), initial=0))
         found: dict[str, list[tuple[int, int]]] = {}
         for local, indices in self.pieces(name, world).items():
@@ -120,13 +127,17 @@ class Split:
         }
 
     def join(self, name: str, shards: Sequence[dict[str, Tensor]]) -> Tensor:
-        """The full tensor from every rank's pieces; CheckpointError when replicated copies differ."""
+        """The full tensor from every rank's pieces.
+
+        CheckpointError when replicated copies differ.
+        """
         world = len(shards)
         columns: list[list[Tensor]] = [[] for _ in self.parts]
         for shard in shards:
             for local, indices in self.pieces(name, world).items():
                 widths = [self.parts[i].range(world, 0)[1] for i in indices]
-                for i, piece in zip(indices, shard[local].split_with_sizes(widths, self.dim), strict=True):
+                pieces = shard[local].split_with_sizes(widths, self.dim)
+                for i, piece in zip(indices, pieces, strict=True):
                     columns[i].append(piece)
         joined = []
         for part, copies in zip(self.parts, columns, strict=True):
@@ -144,7 +155,7 @@ def shared_name(name: str) -> str:
 
 
 def check_tp(where: str, cuts: Iterable[Cut], world: int) -> None:
-    """Raise ConfigError, naming the legal tp, when `world` ranks cannot cut every part into whole units."""
+    """Raise ConfigError, naming the legal tp, when `world` ranks cannot cut all parts."""
     parts = {p for cut in cuts if isinstance(cut, Split) for p in cut.parts}
     if all(p.is_legal(world) for p in parts):
         return
@@ -163,7 +174,8 @@ def _equal_copy(name: str, copies: list[Tensor]) -> Tensor:
     for other in copies[1:]:
         if not torch.equal(copies[0], other):
             raise CheckpointError(
-                f"{name}: its replicated copies differ between tensor-parallel ranks; they must be equal. "
-                "Train with the gradient sums that the layer's tp_plan asks for, or load an earlier checkpoint."
+                f"{name}: its replicated copies differ between tensor-parallel ranks; "
+                "they must be equal. Train with the gradient sums that the layer's tp_plan asks "
+                "for, or load an earlier checkpoint."
             )
     return copies[0]

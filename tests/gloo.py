@@ -1,7 +1,9 @@
 """Run one function on n CPU processes joined by gloo.
 
-The processes are started once a world size and kept. A failing rank's traceback is raised at once, though the others
-may be stuck in a collective; a silent rank is named after TIMEOUT_S. Either way the processes are then killed.
+The processes are started once a world size and kept. A failing rank's traceback is raised at once,
+though the others
+may be stuck in a collective; a silent rank is named after TIMEOUT_S. Either way the processes are
+then killed.
 """
 
 import atexit
@@ -27,7 +29,10 @@ _pools: dict[int, "_Pool"] = {}
 
 
 def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """Results of function(parallel, *args) on every rank, in order; it is a module's function, all is pickled."""
+    """Results of function(parallel, *args) on every rank, in order.
+
+    It is a module's function, all is pickled.
+    """
     if world not in _pools:
         _pools[world] = _Pool(world)
     try:

@@ -71,7 +71,10 @@ def pieces(model, of):
 
 
 def joined(config, ranks):
-    """Canonical name -> full tensor, from every rank's pieces; refuses copies that differ in a bit."""
+    """Canonical name -> full tensor, from every rank's pieces.
+
+    Refuses copies that differ in a bit.
+    """
     cuts = {name: p.cut for name, p in config.params()}
     return {
         name: cuts[name].join(relative(first), [rank[name] for rank in ranks])

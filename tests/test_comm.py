@@ -100,9 +100,12 @@ def test_a_collective_and_its_adjoint(method, values, grads):
 
 
 def test_copies_sum_their_gradients_among_their_holders():
-    # 4 ranks give 1, 2, 3, 4: one content is held by all, of two each by a pair, of four each by one
+    # 4 ranks give 1, 2, 3, 4: one content is held by all, of two each by a pair, of four each by
+    # one
     found = gloo.run(4, summed_gradients, [1, 2, 4])
-    for grads, expected in zip(found, [(10, 30, 100), (10, 30, 200), (10, 70, 300), (10, 70, 400)], strict=True):
+    for grads, expected in zip(
+        found, [(10, 30, 100), (10, 30, 200), (10, 70, 300), (10, 70, 400)], strict=True
+    ):
         for grad, value, u in zip(grads, expected, [1, 2, 4], strict=True):
             assert grad.eq(value).all()
             assert grad.shape == (2, u + 1)

@@ -1,4 +1,4 @@
-"""Causal grouped-query attention (arXiv 2305.13245) with a key/value cache that holds no padding."""
+"""Causal grouped-query attention (arXiv 2305.13245); no padding enters its cache."""
 
 from __future__ import annotations
 
@@ -45,26 +45,30 @@ class AttentionConfig(LayerConfig):
 
     @classmethod
     def tiny(cls) -> Self:
-        """4 query heads of 6 on 2 key heads over d_model 16, two thirds of each rotated, a window, every bias."""
+        """4 query heads of 6 on 2 key heads, two thirds of each rotated, a window, every bias."""
         return cls(
-            n_heads=4, n_kv_heads=2, head_dim=6, qkv_bias=True, out_proj_bias=True, rope_fraction=2 / 3, rope_theta=100.0,
-            window_size=7, softmax_scale=0.5, input_multiplier=0.8, output_multiplier=1.3,
+            n_heads=4, n_kv_heads=2, head_dim=6, qkv_bias=True, out_proj_bias=True,
+            rope_fraction=2 / 3, rope_theta=100.0, window_size=7, softmax_scale=0.5,
+            input_multiplier=0.8, output_multiplier=1.3,
         )  # fmt: skip
 
     def check(self, where: str, d_model: int) -> None:
         """Refuse head counts and rotary widths that do not fit."""
         if self.head_dim is None and d_model % self.n_heads:
             raise ConfigError(
-                f"{where}.n_heads: ({self.n_heads}) must divide d_model ({d_model}). Use a divisor, or give head_dim."
+                f"{where}.n_heads: ({self.n_heads}) must divide d_model ({d_model}). "
+                "Use a divisor, or give head_dim."
             )
         if self.n_heads % (self.n_kv_heads or self.n_heads):
             raise ConfigError(
-                f"{where}.n_kv_heads: ({self.n_kv_heads}) must divide n_heads ({self.n_heads}). Use a divisor of it."
+                f"{where}.n_kv_heads: ({self.n_kv_heads}) must divide n_heads ({self.n_heads}). "
+                "Use a divisor of it."
             )
         if not 0 <= self.rope_fraction <= 1 or self.rotary_dim(d_model) % 2:
             raise ConfigError(
-                f"{where}.rope_fraction: ({self.rope_fraction}) must lie in 0..1 and turn an even number of head_dim's "
-                f"channels ({self.rotary_dim(d_model)} now). Choose a fraction of head_dim that is even."
+                f"{where}.rope_fraction: ({self.rope_fraction}) must lie in 0..1 and turn an even "
+                f"number of head_dim's channels ({self.rotary_dim(d_model)} now). "
+                "Choose a fraction of head_dim that is even."
             )
 
     def widths(self, d_model: int) -> tuple[int, int, int]:
@@ -118,7 +122,10 @@ class AttentionConfig(LayerConfig):
 
 
 class Attention(Layer):
-    """out_proj(softmax(q k^T scale) v), causal; position t of a sequence is index t of its cache."""
+    """out_proj(softmax(q k^T scale) v), causal.
+
+    Position t of a sequence is index t of its cache.
+    """
 
     config: AttentionConfig
 
@@ -191,7 +198,10 @@ class Attention(Layer):
 
 
 def _write(cache: Tensor, new: Tensor, positions: Tensor) -> Tensor:
-    """The cache (b, m, hk, p) with new (b, l, hk, p) at its tokens' positions; padding goes to the scratch at m - 1."""
+    """The cache (b, m, hk, p) with new (b, l, hk, p) at its tokens' positions.
+
+    Padding goes to the scratch at m - 1.
+    """
     index = torch.where(positions < 0, cache.shape[1] - 1, positions).long()
     place = (torch.arange(cache.shape[0], device=cache.device)[:, None], index)
     new = new.to(cache.dtype)

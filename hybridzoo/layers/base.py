@@ -1,6 +1,7 @@
-"""The contract of a layer kind: a config that declares parameters and states, a module with one forward.
+"""The contract of a kind: a config that declares parameters and states, a module's one forward.
 
-Shape legend: b batch, l length, d d_model, i d_inner, h heads, p head_dim, g groups, n d_state, w d_conv, s packed sequences.
+Shape legend: b batch, l length, d d_model, i d_inner, h heads, p head_dim, g groups, n d_state,
+w d_conv, s packed sequences.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Param:
         cut: how tensor parallelism cuts it.
         decay: whether weight decay applies (never to norms, biases, A_log, D, dt_bias).
         fp32: kept in float32 whatever dtype the model has.
-        residual: writes to the residual stream; its draw is divided by sqrt(number of sublayers), GPT-2's and Mamba's rule.
+        residual: writes to the residual stream; its draw is divided by sqrt(number of sublayers),
+            GPT-2's and Mamba's rule.
         active: the share of it that one token uses (top_k / n_experts for experts).
         trained: False for a table that gradients never reach (a router's correction bias).
     """
@@ -65,7 +67,10 @@ class LayerConfig:
 
     @classmethod
     def from_dict(cls, where: str, options: Mapping[str, Any]) -> Self:
-        """Build from a mapping; ConfigError names an unknown key with its nearest, or a value of the wrong type."""
+        """Build from a mapping.
+
+        ConfigError names an unknown key with its nearest, or a value of the wrong type.
+        """
         return read_options(cls, where, options, of=cls.kind)
 
     @classmethod
@@ -116,8 +121,9 @@ class LayerConfig:
 class Layer(nn.Module):
     """A module built from a LayerConfig's table of parameters, sized for this rank.
 
-    `forward(x, state, ctx) -> (b, l, d)` serves training, prefill, chunks and single steps. x arrives through the block's
-    copy_in and the result is this rank's share of the sum: the block sums once, however many branches it has.
+    `forward(x, state, ctx) -> (b, l, d)` serves training, prefill, chunks and single steps. x
+    arrives through the block's copy_in and the result is this rank's share of the sum: the block
+    sums once, however many branches it has.
     """
 
     def __init__(
@@ -136,7 +142,8 @@ class Layer(nn.Module):
             "device": device or torch.get_default_device(),
             "dtype": dtype or torch.get_default_dtype(),
         }
-        # name in memory -> how many different contents the ranks hold of it; their gradients are summed in one go.
+        # name in memory -> how many different contents the ranks hold of it; their gradients are
+        # summed in one go.
         self._partial: dict[str, int] = {}
         config.check_tp(config.kind, d_model, parallel.tp.world)
 
@@ -145,7 +152,10 @@ class Layer(nn.Module):
         raise NotImplementedError
 
     def linear(self, name: str) -> nn.Linear:
-        """The projection `name`, from the table's `name.weight` and `name.bias`; replicated parts become parameters of ours."""
+        """The projection `name`, from the table's `name.weight` and `name.bias`.
+
+        Replicated parts become parameters of ours.
+        """
         weight = self._local(f"{name}.weight")
         has_bias = f"{name}.bias" in self.table
         if has_bias:
@@ -185,7 +195,7 @@ class Layer(nn.Module):
         return nn.Parameter(empty, requires_grad=self.table[name].trained)
 
     def partial_params(self) -> dict[str, Tensor]:
-        """The parameters held in copies of which each rank sees a share, by name, their gradients summed at once."""
+        """The parameters held in copies, by name; their gradients are summed over ranks at once."""
         names = list(self._partial)
         # attributes, not get_parameter: functional_call puts plain tensors there
         params = [attrgetter(n)(self) for n in names]
@@ -211,8 +221,9 @@ class Layer(nn.Module):
         return [found[i] for i in range(len(cut.parts))]
 
     def init_state(self, batch: int, max_len: int) -> State:
-        """Zeros for `batch` sequences of at most `max_len` tokens, on this layer's device, sized for this rank."""
-        # the table's first parameter is a projection: it has the model's dtype, also after model.to(dtype).
+        """Zeros for `batch` sequences of at most `max_len` tokens, sized for this rank."""
+        # the table's first parameter is a projection: it has the model's dtype, also after
+        # model.to(dtype).
         like = self.get_parameter(next(iter(self.table)))
         tensors = {}
         for name, spec in self.config.state(self.d_model, batch, max_len).items():
@@ -223,7 +234,7 @@ class Layer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int, prefix: str, n_sublayers: int) -> None:
-        """Draw every parameter in full from a generator seeded by its name, then keep this rank's cut."""
+        """Draw every parameter in full, seeded by its name, then keep this rank's cut."""
         for name, p in self.table.items():
             full = p.init(p.shape, seeded(seed, prefix + name))
             if p.residual:
@@ -235,7 +246,7 @@ class Layer(nn.Module):
 
 
 class RowLinear(nn.Linear):
-    """A Linear cut along its inputs: every rank adds its share of the bias, so the sum over ranks adds it once."""
+    """A Linear cut along its inputs; each rank adds its share of the bias."""
 
     axis = SINGLE.tp
 

@@ -50,7 +50,7 @@ def fan_in_uniform(fan_in: int) -> Init:
 
 
 def log_arange() -> Init:
-    """Log(1..n) along the last dimension: S4D-real, Mamba's A_log (arXiv 2312.00752, section 3.6)."""
+    """Log(1..n) along the last dimension: Mamba's A_log (arXiv 2312.00752, section 3.6)."""
     return lambda shape, _: (
         torch.arange(1, shape[-1] + 1, dtype=torch.float32, device="cpu")
         .log()
@@ -65,7 +65,10 @@ def log_uniform_A(low: float, high: float) -> Init:
 
 
 def dt_bias(low: float, high: float, floor: float) -> Init:
-    """Inverse softplus of a log-uniform step in [low, high], at least floor (arXiv 2312.00752, section 3.6)."""
+    """Inverse softplus of a log-uniform step in [low, high], at least floor.
+
+    As in Mamba (arXiv 2312.00752, section 3.6).
+    """
 
     def draw(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         share = _uniform(shape, generator)

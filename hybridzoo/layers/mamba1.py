@@ -31,7 +31,8 @@ class Mamba1Config(LayerConfig):
         conv_bias: bias of the convolution.
         in_proj_bias: bias of in_proj.
         out_proj_bias: bias of out_proj.
-        x_norm: RMSNorm on dt, B and C: none (Mamba), learned weights (Jamba), no weights (FalconMamba).
+        x_norm: RMSNorm on dt, B and C: none (Mamba), learned weights (Jamba), no weights
+            (FalconMamba).
         norm_eps: eps of those norms.
         dt_limit: bounds of dt after softplus, in prefill and decode alike.
         dt_min: smallest step at initialisation.
@@ -59,8 +60,9 @@ class Mamba1Config(LayerConfig):
     def tiny(cls) -> Self:
         """d_inner 24 over d_model 16, learned norms, every bias."""
         return cls(
-            d_state=5, d_conv=3, d_inner=24, dt_rank=3, in_proj_bias=True, out_proj_bias=True, x_norm="learned",
-            norm_eps=1e-3, dt_limit=(0.01, 2.0), input_multiplier=0.8, output_multiplier=1.3,
+            d_state=5, d_conv=3, d_inner=24, dt_rank=3, in_proj_bias=True, out_proj_bias=True,
+            x_norm="learned", norm_eps=1e-3, dt_limit=(0.01, 2.0),
+            input_multiplier=0.8, output_multiplier=1.3,
         )  # fmt: skip
 
     def check(self, where: str, d_model: int) -> None:
@@ -68,7 +70,8 @@ class Mamba1Config(LayerConfig):
         i, _ = self.widths(d_model)
         if i < 1:
             raise ConfigError(
-                f"{where}.expand: ({self.expand}) times d_model ({d_model}) leaves no channel. Raise it."
+                f"{where}.expand: ({self.expand}) times d_model ({d_model}) leaves no channel. "
+                "Raise it."
             )
         low, high = self.dt_limit
         if not 0 <= low < high:
@@ -112,7 +115,10 @@ class Mamba1Config(LayerConfig):
         return table
 
     def state(self, d_model: int, batch: int, max_len: int) -> dict[str, StateTensor]:
-        """The last d_conv - 1 inputs of the convolution and the fp32 scan state; no growth with max_len."""
+        """The last d_conv - 1 inputs of the convolution and the fp32 scan state.
+
+        No growth with max_len.
+        """
         i, _ = self.widths(d_model)
         channels = (Part(i, i, "d_inner"),)
         return {
@@ -121,7 +127,10 @@ class Mamba1Config(LayerConfig):
         }
 
     def flops(self, d_model: int, context: int) -> int:
-        """Projections, convolution, 7 operations a state (dt A, exp, dt x B, multiply-add, C multiply-add), skip and gate."""
+        """Projections, convolution, 7 operations a state, skip and gate.
+
+        Of a state: dt A, exp, dt x B, multiply-add, C multiply-add.
+        """
         (i, r), n = self.widths(d_model), self.d_state
         projections = 2 * d_model * 2 * i + 2 * i * (r + 2 * n) + 2 * r * i + 2 * i * d_model
         return projections + 2 * i * self.d_conv + 7 * i * n + 4 * i
@@ -132,7 +141,10 @@ class Mamba1Config(LayerConfig):
 
 
 class Mamba1(Layer):
-    """out_proj(scan(silu(conv(x))) * silu(z)) with dt, B and C read off the convolved x (arXiv 2312.00752, algorithm 2)."""
+    """out_proj(scan(silu(conv(x))) * silu(z)) with dt, B and C read off the convolved x.
+
+    arXiv 2312.00752, algorithm 2.
+    """
 
     config: Mamba1Config
 
@@ -156,16 +168,19 @@ class Mamba1(Layer):
     def forward(self, x: Tensor, state: State | None, ctx: Sequence) -> Tensor:
         """(b, l, d) -> this rank's share of (b, l, d)."""
         x, z = self.project("in_proj", x, {})  # (b, l, i)
-        # blank before the convolution, which reads neighbours, and after it, whose bias would refill padding.
+        # blank before the convolution, which reads neighbours, and after it, whose bias would
+        # refill padding.
         x, conv_state = causal_conv1d(
-            ctx.blank_padding(x), self.conv_weight, self.conv_bias, activation="silu", cu_seqlens=ctx.cu_seqlens,
+            ctx.blank_padding(x), self.conv_weight, self.conv_bias, activation="silu",
+            cu_seqlens=ctx.cu_seqlens,
             initial_state=state.get("conv_state", ctx) if state else None,
         )  # fmt: skip
         x = ctx.blank_padding(x)
         dt, B, C = self._select(x)
         y, ssm_state = selective_scan(
             x, self.dt_proj(dt), -self.A_log.exp(), B[:, :, None], C[:, :, None], D=self.D, z=z,
-            dt_bias=self.dt_bias, dt_softplus=True, dt_limit=self.config.dt_limit, cu_seqlens=ctx.cu_seqlens,
+            dt_bias=self.dt_bias, dt_softplus=True, dt_limit=self.config.dt_limit,
+            cu_seqlens=ctx.cu_seqlens,
             initial_state=state.get("ssm_state", ctx) if state else None,
         )  # fmt: skip
         if state:
@@ -174,8 +189,8 @@ class Mamba1(Layer):
         return self.out_proj(y)
 
     def _select(self, x: Tensor) -> tuple[Tensor, ...]:
-        # dt, B and C depend on every channel: the ranks' shares are summed before the norms, which are not linear, and
-        # each rank then uses them for its own channels, so their gradients are summed too.
+        # dt, B and C depend on every channel: the ranks' shares are summed before the norms, which
+        # are not linear, and each rank uses them for its own channels, so their gradients are too.
         tp = self.parallel.tp
         widths = [self.widths[1], self.config.d_state, self.config.d_state]
         dtBC = tp.sum_out(self.x_proj(x))

@@ -1,4 +1,4 @@
-"""Mamba-2 (arXiv 2405.21060): one decay a head, B and C shared by a group of heads, a gated norm before out_proj."""
+"""Mamba-2 (arXiv 2405.21060): one decay a head, B and C a group of heads, a gated norm."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ class Mamba2Config(LayerConfig):
         conv_bias: bias of the convolution.
         in_proj_bias: bias of in_proj.
         out_proj_bias: bias of out_proj.
-        norm: gate_first, RMSNorm(y * silu(z)); norm_first, RMSNorm(y) * silu(z); none, y * silu(z). Groups of d_inner / n_groups.
+        norm: gate_first, RMSNorm(y * silu(z)); norm_first, RMSNorm(y) * silu(z); none, y * silu(z).
+            Groups of d_inner / n_groups.
         norm_eps: eps of that norm.
         chunk_size: tokens a chunk of the scan; changes speed and rounding, not the function.
         dt_limit: bounds of dt after softplus, in prefill and decode alike.
@@ -65,10 +66,11 @@ class Mamba2Config(LayerConfig):
 
     @classmethod
     def tiny(cls) -> Self:
-        """4 heads of 6 in 2 groups over d_model 16, every bias, chunks shorter than the tests' sequences."""
+        """4 heads of 6 in 2 groups, every bias, chunks shorter than the tests' sequences."""
         return cls(
-            d_state=5, head_dim=6, n_heads=4, n_groups=2, d_conv=3, in_proj_bias=True, out_proj_bias=True, norm_eps=1e-3,
-            chunk_size=8, dt_limit=(0.01, 2.0), input_multiplier=0.8, output_multiplier=1.3,
+            d_state=5, head_dim=6, n_heads=4, n_groups=2, d_conv=3, in_proj_bias=True,
+            out_proj_bias=True, norm_eps=1e-3, chunk_size=8, dt_limit=(0.01, 2.0),
+            input_multiplier=0.8, output_multiplier=1.3,
         )  # fmt: skip
 
     def check(self, where: str, d_model: int) -> None:
@@ -76,7 +78,8 @@ class Mamba2Config(LayerConfig):
         i, h = self.widths(d_model)
         if i < 1:
             raise ConfigError(
-                f"{where}.expand: ({self.expand}) times d_model ({d_model}) leaves no channel. Raise it."
+                f"{where}.expand: ({self.expand}) times d_model ({d_model}) leaves no channel. "
+                "Raise it."
             )
         if i != h * self.head_dim:
             raise ConfigError(
@@ -85,7 +88,8 @@ class Mamba2Config(LayerConfig):
             )
         if h % self.n_groups:
             raise ConfigError(
-                f"{where}.n_groups: ({self.n_groups}) must divide n_heads ({h}). Use a divisor of {h}."
+                f"{where}.n_groups: ({self.n_groups}) must divide n_heads ({h}). "
+                f"Use a divisor of {h}."
             )
         (low, high), (slow, fast) = self.dt_limit, self.A_init
         if not 0 <= low < high:
@@ -114,7 +118,10 @@ class Mamba2Config(LayerConfig):
         return head, head, group, group, Part(h, h, "n_heads")
 
     def params(self, d_model: int) -> dict[str, Param]:
-        """The table; in_proj holds the rows z | x | B | C | dt, the convolution the channels x | B | C."""
+        """The table.
+
+        in_proj holds the rows z | x | B | C | dt, the convolution the channels x | B | C.
+        """
         i, h = self.widths(d_model)
         z, x, B, C, dt = self.parts(d_model)
         rows, conv, heads = Split(0, (z, x, B, C, dt)), Split(0, (x, B, C)), Split(0, (dt,))
@@ -143,7 +150,10 @@ class Mamba2Config(LayerConfig):
         return table
 
     def state(self, d_model: int, batch: int, max_len: int) -> dict[str, StateTensor]:
-        """The last d_conv - 1 inputs of the convolution and the fp32 scan state; no growth with max_len."""
+        """The last d_conv - 1 inputs of the convolution and the fp32 scan state.
+
+        No growth with max_len.
+        """
         _, h = self.widths(d_model)
         _, x, B, C, dt = self.parts(d_model)
         n_conv = x.width + B.width + C.width
@@ -154,7 +164,10 @@ class Mamba2Config(LayerConfig):
         }
 
     def flops(self, d_model: int, context: int) -> int:
-        """Projections, convolution, 5 operations a state (decay, dt x B, add, C multiply-add), skip, gate and norm."""
+        """Projections, convolution, 5 operations a state, skip, gate and norm.
+
+        Of a state: decay, dt x B, add, C multiply-add.
+        """
         i, _ = self.widths(d_model)
         z, x, B, C, dt = (p.width for p in self.parts(d_model))
         projections = 2 * d_model * (z + x + B + C + dt) + 2 * i * d_model
@@ -204,18 +217,22 @@ class Mamba2(Layer):
             self._whole("conv_weight", partial),
             self._whole("conv_bias", partial),
         )
-        # blank before the convolution, which reads neighbours, and after it, whose bias would refill padding.
+        # blank before the convolution, which reads neighbours, and after it, whose bias would
+        # refill padding.
         xBC, conv_state = causal_conv1d(
             ctx.blank_padding(torch.cat([x, B, C], -1)), conv_weight, conv_bias, activation="silu",
-            cu_seqlens=ctx.cu_seqlens, initial_state=state.get("conv_state", ctx) if state else None,
+            cu_seqlens=ctx.cu_seqlens,
+            initial_state=state.get("conv_state", ctx) if state else None,
         )  # fmt: skip
         x, B, C = ctx.blank_padding(xBC).split(widths, -1)
         n_groups = B.shape[-1] // self.config.d_state
-        gate = z if self.config.norm == "none" else None
+        # without a norm the scan gates; else the norm does
+        gate = _heads(z, dt.shape[-1]) if self.config.norm == "none" else None
         y, ssm_state = ssd(
-            _heads(x, dt.shape[-1]), dt, -self.A_log.exp(), _heads(B, n_groups), _heads(C, n_groups), D=self.D,
-            z=None if gate is None else _heads(gate, dt.shape[-1]), dt_bias=self.dt_bias, dt_softplus=True,
-            dt_limit=self.config.dt_limit, chunk_size=self.config.chunk_size, cu_seqlens=ctx.cu_seqlens,
+            _heads(x, dt.shape[-1]), dt, -self.A_log.exp(),
+            _heads(B, n_groups), _heads(C, n_groups), D=self.D, z=gate, dt_bias=self.dt_bias,
+            dt_softplus=True, dt_limit=self.config.dt_limit,
+            chunk_size=self.config.chunk_size, cu_seqlens=ctx.cu_seqlens,
             initial_state=state.get("ssm_state", ctx) if state else None,
         )  # fmt: skip
         if state:

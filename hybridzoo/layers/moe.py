@@ -1,4 +1,4 @@
-"""Mixture of experts: every token runs through the top_k experts its router picks, none is dropped."""
+"""Mixture of experts: every token runs through its router's top_k; none is dropped."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ class MoEConfig(LayerConfig):
         top_k: experts a token.
         activation: as in mlp.
         gated: as in mlp.
-        router: softmax_topk scores all experts, then picks (Jamba); topk_softmax picks, then scores the picked (Granite);
-            sigmoid scores each expert by itself (Nemotron-H, DeepSeek-V3).
+        router: softmax_topk scores all experts, then picks (Jamba); topk_softmax picks, then scores
+            the picked (Granite); sigmoid scores each expert by itself (Nemotron-H, DeepSeek-V3).
         router_fp32: compute the router's logits in fp32 instead of the model's dtype.
         renormalize: divide the picked scores by their sum.
         scaling: multiplies the picked scores.
         correction_bias: a bias a expert, added for picking only and not trained by gradients.
-        n_expert_groups: experts form groups, scored by the sum of their two best; only the best groups may be picked.
+        n_expert_groups: experts form groups, scored by the sum of their two best; only the best
+            groups may be picked.
         top_k_groups: groups that may be picked.
         shared_d_ff: width of an expert that every token uses; None is no such expert.
         aux_loss: coefficient of the load-balancing loss (Switch, arXiv 2101.03961, eq. 4).
@@ -59,10 +60,11 @@ class MoEConfig(LayerConfig):
 
     @classmethod
     def tiny(cls) -> Self:
-        """6 experts in 3 groups, 2 a token, sigmoid scores with a correction bias, a shared expert, both losses."""
+        """6 experts in 3 groups, 2 a token, sigmoid scores, a correction bias, a shared expert."""
         return cls(
-            d_ff=10, n_experts=6, top_k=2, router="sigmoid", renormalize=True, scaling=1.7, correction_bias=True,
-            n_expert_groups=3, top_k_groups=2, shared_d_ff=12, aux_loss=0.02, z_loss=0.01,
+            d_ff=10, n_experts=6, top_k=2, router="sigmoid", renormalize=True, scaling=1.7,
+            correction_bias=True, n_expert_groups=3, top_k_groups=2, shared_d_ff=12,
+            aux_loss=0.02, z_loss=0.01,
             input_multiplier=0.8, output_multiplier=1.3,
         )  # fmt: skip
 
@@ -70,16 +72,19 @@ class MoEConfig(LayerConfig):
         """Refuse more picks than there are experts to pick from."""
         if self.n_experts % self.n_expert_groups:
             raise ConfigError(
-                f"{where}.n_expert_groups: ({self.n_expert_groups}) must divide n_experts ({self.n_experts}). Use a divisor."
+                f"{where}.n_expert_groups: ({self.n_expert_groups}) must divide n_experts "
+                f"({self.n_experts}). Use a divisor."
             )
         if self.top_k_groups > self.n_expert_groups:
             raise ConfigError(
-                f"{where}.top_k_groups: ({self.top_k_groups}) exceeds n_expert_groups ({self.n_expert_groups}). Lower it."
+                f"{where}.top_k_groups: ({self.top_k_groups}) exceeds n_expert_groups "
+                f"({self.n_expert_groups}). Lower it."
             )
         pickable = self.n_experts // self.n_expert_groups * self.top_k_groups
         if self.top_k > pickable:
             raise ConfigError(
-                f"{where}.top_k: ({self.top_k}) exceeds the experts that a token may pick from ({pickable}). Lower it."
+                f"{where}.top_k: ({self.top_k}) exceeds the experts that a token may pick from "
+                f"({pickable}). Lower it."
             )
 
     def params(self, d_model: int) -> dict[str, Param]:
@@ -123,7 +128,10 @@ class MoEConfig(LayerConfig):
 
 
 class MoE(Layer):
-    """sum_k w_k expert_k(x) + shared(x); tokens are sorted by expert, so each expert is one matrix product."""
+    """sum_k w_k expert_k(x) + shared(x).
+
+    Tokens are sorted by expert, so each expert is one matrix product.
+    """
 
     config: MoEConfig
 
@@ -172,7 +180,7 @@ class MoE(Layer):
         return F.linear(tokens.to(dtype), router_weight.to(dtype)).to(wide)
 
     def _route(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Weights (t, k) and indices (t, k) of the picked experts, and every expert's score (t, e)."""
+        """Weights (t, k) and indices (t, k) of the picked, and every expert's score (t, e)."""
         config = self.config
         if config.router == "softmax_topk":
             scores = logits.softmax(-1)
@@ -201,7 +209,8 @@ class MoE(Layer):
         return groups.masked_fill(~keep[..., None], -torch.inf).flatten(-2)
 
     def _experts(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        # sorted by expert; the ends come from a search in the sorted list, so nothing waits for the host.
+        # sorted by expert; the ends come from a search in the sorted list, so nothing waits for the
+        # host.
         expert, order = chosen.flatten().sort(stable=True)
         every = torch.arange(self.config.n_experts, device=tokens.device)
         offsets = torch.searchsorted(expert, every, right=True).to(torch.int32)
@@ -211,7 +220,8 @@ class MoE(Layer):
             self.expert_down_weight,
             offsets,
         )
-        # back through the inverse permutation and a sum over k: deterministic, unlike index_add on a GPU.
+        # back through the inverse permutation and a sum over k: deterministic, unlike index_add on
+        # a GPU.
         back = torch.empty_like(order).scatter_(
             0, order, torch.arange(len(order), device=order.device)
         )
@@ -227,6 +237,7 @@ class MoE(Layer):
         balance = self.config.n_experts * (load * (share * mask).sum(0) / count).sum()
         z = (logits.logsumexp(-1).square() * (1.0 if real is None else real)).sum() / count
         loss = self.config.aux_loss * balance + self.config.z_loss * z
-        # every tp rank computes the whole loss, but the router's gradients are summed over them: each gives its share.
+        # every tp rank computes the whole loss, but the router's gradients are summed over them:
+        # each gives its share.
         share_of_grad = loss / self.parallel.tp.world
         return share_of_grad + (loss - share_of_grad).detach()

@@ -25,7 +25,10 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = weight, eps
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(y, h) with h = residual + x in the residual's dtype and y its norm in x's dtype; both (..., d)."""
+        """(y, h) with h = residual + x in the residual's dtype and y its norm in x's dtype.
+
+        Both (..., d).
+        """
         return rms_norm(x, self.weight, eps=self.eps, residual=residual)
 
 
@@ -64,7 +67,8 @@ class GatedRMSNorm(nn.Module):
         return self._across_ranks(y, z)
 
     def _across_ranks(self, y: Tensor, z: Tensor) -> Tensor:
-        # one group's channels lie on several ranks: its squares are summed over them and divided by the full width.
+        # one group's channels lie on several ranks: its squares are summed over them and divided by
+        # the full width.
         wide = torch.promote_types(y.dtype, torch.float32)
         gate = nn.functional.silu(z.to(wide))
         u = y.to(wide) if self.norm_before_gate else y.to(wide) * gate

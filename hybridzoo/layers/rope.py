@@ -13,7 +13,8 @@ def apply_rope(x: Tensor, positions: Tensor, theta: float, rotary_dim: int) -> T
         x: queries or keys, (b, l, h, p).
         positions: (b, l) integers.
         theta: base of the wavelengths.
-        rotary_dim: channels rotated, even, at most p; channel j turns with channel j + rotary_dim / 2.
+        rotary_dim: channels rotated, even, at most p; channel j turns with the one rotary_dim / 2
+            further.
 
     Returns:
         (b, l, h, p), x.dtype; angles and rotation in fp32 (float64 for float64 x).

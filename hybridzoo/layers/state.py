@@ -19,7 +19,8 @@ class StateTensor:
     Attributes:
         shape: full shape; dimension 0 counts sequences.
         dtype: None is the model's dtype; float32 becomes float64 in a float64 model.
-        parts: how dimension `dim` is cut over tensor-parallel ranks; none: every rank holds it whole.
+        parts: how dimension `dim` is cut over tensor-parallel ranks; none: every rank holds it
+            whole.
         dim: the dimension that parts cut.
     """
 
@@ -47,13 +48,16 @@ class Sequence:
     """What a layer must know of the tokens in one forward; built once by the model.
 
     Attributes:
-        cu_seqlens: (s + 1,) int32 starts of packed sequences and the end; then b == 1 and states have one row a sequence.
+        cu_seqlens: (s + 1,) int32 starts of packed sequences and the end; then b == 1 and states
+            have one row a sequence.
         max_seqlen: longest packed sequence, the caller's int, so that no host sync is needed.
         seq_idx: (l,) int64 the packed sequence of each token.
-        positions: (b, l) int32 index of each token among its sequence's tokens in this call, -1 at padding;
-            None when it is 0..l-1 in every row. A state's own position is added by the layer.
-        pad_mask: (b, l) bool, True at real tokens; padding is on the left. None: no padding.
-        slots: (b,) int64 row of the state pool for each sequence; negative rows are computed and dropped.
+        positions: (b, l) int32 index of each token among its sequence's tokens in this call, -1 at
+            padding; None when it is 0..l-1 in every row. A layer adds its state's own position.
+        pad_mask: (b, l) bool, True at real tokens; None: no padding. Padding stands left of a
+            sequence's first token, maybe over several calls; none follows a real token.
+        slots: (b,) int64 row of the state pool for each sequence; negative rows are computed and
+            dropped.
         embed0: (b, l, d) token embeddings, for kinds that read them again.
         aux: losses that layers add (MoE balance); None when nobody collects them.
     """
@@ -77,15 +81,20 @@ class Sequence:
         max_seqlen: int | None = None,
         **rest: Any,
     ) -> Self:
-        """Derive positions from a left-padding mask (b, l) or from cu_seqlens (s + 1,); raise ConfigError on both."""
+        """Derive positions from a left-padding mask (b, l) or from cu_seqlens (s + 1,).
+
+        Raise ConfigError on both.
+        """
         if cu_seqlens is not None:
             if attention_mask is not None or max_seqlen is None:
                 raise ConfigError(
-                    f"cu_seqlens: packed sequences need max_seqlen ({max_seqlen}) and take no attention_mask; "
-                    "padding does not exist in a pack. Pass cu_seqlens and max_seqlen alone."
+                    f"cu_seqlens: packed sequences need max_seqlen ({max_seqlen}) and take no "
+                    "attention_mask; padding does not exist in a pack. "
+                    "Pass cu_seqlens and max_seqlen alone."
                 )
             token = torch.arange(length, device=cu_seqlens.device)
-            # right=True: a token at a boundary belongs to the sequence that starts there; empty ones are passed over.
+            # right=True: a token at a boundary belongs to the sequence that starts there; empty
+            # ones are passed over.
             seq_idx = torch.bucketize(token, cu_seqlens[1:], right=True)
             positions = (token - cu_seqlens[seq_idx]).to(torch.int32)[None]
             return cls(
@@ -117,7 +126,7 @@ class Sequence:
         return torch.full((x.shape[0],), x.shape[1], dtype=torch.int32, device=x.device)
 
     def blank_padding(self, x: Tensor) -> Tensor:
-        """x (b, l, ...) with zeros at padding, so that no padding enters a state or a neighbour."""
+        """Zeros at the padding of x (b, l, ...), so that no padding enters a state or a neighbour."""
         return x if self.pad_mask is None else x.masked_fill(~self.pad_mask[:, :, None], 0)
 
     def unpack(self, x: Tensor, fill: float = 0) -> Tensor:
@@ -137,8 +146,9 @@ class Sequence:
 class State:
     """Named tensors of one layer, one row a sequence, of fixed shapes.
 
-    `set` rebinds while gradients are recorded and copies in place otherwise, so that a one-token step can be captured
-    in a CUDA graph and a training chunk can be differentiated through. Nothing here is read back to the host.
+    `set` rebinds while gradients are recorded and copies in place otherwise, so that a one-token
+    step can be captured in a CUDA graph and a training chunk can be differentiated through. Nothing
+    here is read back to the host.
     """
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
@@ -173,7 +183,8 @@ class State:
 def _skip_negative(slots: Tensor, value: Tensor, full: Tensor) -> tuple[Tensor, Tensor]:
     """Rows to write and their values, where a negative slot repeats the first real row's write.
 
-    Without a real one, row 0 is written with itself. So no row is lost, and the host waits for nothing.
+    Without a real one, row 0 is written with itself. So no row is lost, and the host waits for
+    nothing.
     """
     is_real = slots >= 0
     first = is_real.int().argmax(0, keepdim=True)

@@ -387,7 +387,7 @@ def test_config_round_trips(name):
     written = config.to_dict()
     assert written.pop("kind") == name.partition("-")[0]
     assert kind_config("test", config.kind).from_dict("test", written) == config
-    assert LayerConfig.__annotations__.keys() - {"kind"} <= {f for f in config.__dataclass_fields__}
+    assert LayerConfig.__annotations__.keys() - {"kind"} <= set(config.__dataclass_fields__)
 
 
 @every_mixer

@@ -18,7 +18,10 @@ class Outcome:
 
 
 def load_cut(module, named_params, parallel, prefix=""):
-    """Fill a layer with this rank's cut of the full tensors; `named_params` is name -> (declaration, tensor)."""
+    """Fill a layer with this rank's cut of the full tensors.
+
+    `named_params` is name -> (declaration, tensor).
+    """
     tp = parallel.tp
     with torch.no_grad():
         for name, (declared, full) in named_params.items():
