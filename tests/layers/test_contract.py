@@ -416,6 +416,8 @@ def test_rows_of_different_lengths_share_one_captured_step(name):
         eager = state.map(torch.clone)
         x, saved = steps[:, :1].clone(), state.map(torch.clone)
         stream = torch.cuda.Stream()
+        # else the warm-up moves the state on before `saved` has it
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             layer(x, state, PLAIN)  # warm up: libraries allocate their workspaces
         torch.cuda.synchronize()
