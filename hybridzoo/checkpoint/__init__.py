@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from hybridzoo.checkpoint.convert.base import Family, open_family
 from hybridzoo.checkpoint.layout import Gathered, Source, gather, load_into, whole
 from hybridzoo.checkpoint.pickled import PickleReader
 from hybridzoo.checkpoint.reader import Reader, read_json, resolve
+from hybridzoo.checkpoint.shard import DTYPES
 from hybridzoo.checkpoint.store import NATIVE, Store
 from hybridzoo.comm import SINGLE, Parallel
 from hybridzoo.config import HybridConfig
@@ -64,9 +66,22 @@ def load(
     """
     source = open_source(directory)
     wanted = dtype or source.main_dtype()
+    if dtype is None:
+        _say_what_is_cast(source, wanted)
     model = HybridLM(source.config, parallel=parallel, device=device, dtype=wanted, init=False)
     load_into(model, source)
     return model
+
+
+def _say_what_is_cast(source: Source, dtype: torch.dtype) -> None:
+    stored = {n: DTYPES[source.dtype(n)] for n, p in source.params.items() if not p.fp32}
+    cast = [name for name, d in stored.items() if d != dtype]
+    if cast:
+        warnings.warn(
+            f"{source.reader.directory}: {cast[0]} and {len(cast) - 1} more are stored as "
+            f"{stored[cast[0]]} but loaded as {dtype}, like most. Ask for a dtype to choose.",
+            stacklevel=3,
+        )
 
 
 def save(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from math import prod
 
 import torch
@@ -87,9 +87,9 @@ class Source:
         self.fetch: Fetch = lru_cache(2)(self._fetch)
 
     def dtype(self, name: str) -> str:
-        """Stored dtype of a parameter: the widest of its pieces."""
-        stored = {self.reader.specs[b.name].dtype for b in self.blocks[name]}
-        return max(stored, key=lambda d: (DTYPES[d].itemsize, d))
+        """Stored dtype of a parameter; where its pieces differ, one that holds them all."""
+        stored = (DTYPES[self.reader.specs[b.name].dtype] for b in self.blocks[name])
+        return DTYPE_NAMES[reduce(torch.promote_types, stored)]
 
     def main_dtype(self) -> torch.dtype:
         """The dtype of most elements, parameters that are always fp32 aside."""

@@ -20,6 +20,7 @@ class PickleReader:
 
     Attributes:
         directory: where the files are.
+        specs: dtype and shape of every tensor.
         layout: the safetensors files that these tensors are exported to.
     """
 
@@ -37,12 +38,10 @@ class PickleReader:
         self._files: dict[str, str] = {}
         for path in paths:
             self._add(path)
+        self.specs = {
+            n: Spec(DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in self._tensors.items()
+        }
         self.layout: Layout = plan(self.specs)
-
-    @property
-    def specs(self) -> dict[str, Spec]:
-        """Dtype and shape of every tensor."""
-        return {n: Spec(DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in self._tensors.items()}
 
     def file_of(self, name: str) -> str:
         """The file that holds a tensor, for messages."""

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from hybridzoo.checkpoint.io import COMMITTED, INDEX_FILE, SINGLE_FILE, Layout
-from hybridzoo.checkpoint.shard import Spec, open_shard
+from hybridzoo.checkpoint.shard import open_shard
 from hybridzoo.errors import CheckpointError
 
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")
@@ -22,6 +22,8 @@ class Reader:
     Attributes:
         directory: where the files are.
         layout: which tensors stand in which files, as found.
+        specs: dtype and shape of every tensor, from the headers.
+        specs: dtype and shape of every tensor, from the headers.
 
     Raises:
         CheckpointError: a file is missing, lies outside the directory, or is not what a safetensors
@@ -32,28 +34,26 @@ class Reader:
         self.directory = Path(directory)
         entry = self._entry()
         if entry == SINGLE_FILE:
-            self.layout = Layout({SINGLE_FILE: open_shard(self._safe_path(SINGLE_FILE))})
+            self.layout = Layout({SINGLE_FILE: open_shard(self._existing(SINGLE_FILE))})
         else:
             index = self.read_json(INDEX_FILE)
             weight_map = self._weight_map(index)
             files = dict.fromkeys(weight_map.values())
-            shards = {name: open_shard(self._safe_path(name)) for name in sorted(files)}
-            self.layout = Layout(shards, index.get("metadata", {}))
+            shards = {name: open_shard(self._existing(name)) for name in sorted(files)}
+            self.layout = Layout(shards, index.get("metadata") or {})
             self._check_weight_map(weight_map)
-        self._home = {n: s for s in self.layout.files.values() for n in s.tensors}
-
-    @property
-    def specs(self) -> dict[str, Spec]:
-        """Dtype and shape of every tensor, from the headers."""
-        return {name: shard.tensors[name] for name, shard in self._home.items()}
+        self._home = {n: file for file, s in self.layout.files.items() for n in s.tensors}
+        self.specs = {
+            n: s for shard in self.layout.files.values() for n, s in shard.tensors.items()
+        }
 
     def file_of(self, name: str) -> str:
         """The file that holds a tensor, for messages."""
-        return next(file for file, shard in self.layout.files.items() if name in shard.tensors)
+        return self._home[name]
 
     def view(self, name: str) -> Tensor:
         """The mapped, read-only tensor: a slice reads only its bytes; clone before writing."""
-        return self._home[name].view(name)
+        return self.layout.files[self._home[name]].view(name)
 
     def get(self, name: str) -> Tensor:
         """The tensor in memory of its own."""
@@ -93,27 +93,16 @@ class Reader:
             "path or download again."
         )
 
-    def _safe_path(self, name: str) -> Path:
+    def _existing(self, name: str) -> Path:
         path = resolve(self.directory, name)
         if not path.exists():
             raise CheckpointError(
                 f"{path}: missing; the checkpoint needs this file. Download it again."
             )
-        home = self.directory.resolve()
-        allowed = [home]
-        if home.parent.name == "snapshots":
-            # huggingface_hub's cache: a snapshot's files are links to blobs/ of the same
-            # repository.
-            allowed.append(home.parent.parent / "blobs")
-        if not any(path.resolve().is_relative_to(a) for a in allowed):
-            raise CheckpointError(
-                f"{path}: leads out of the directory ({path.resolve()}); a checkpoint's files lie "
-                "in it. Copy the file there if you trust it."
-            )
         return path
 
     def _weight_map(self, index: dict[str, Any]) -> dict[str, str]:
-        weight_map, metadata = index.get("weight_map"), index.get("metadata", {})
+        weight_map, metadata = index.get("weight_map"), index.get("metadata") or {}
         if not isinstance(weight_map, dict) or not weight_map or not isinstance(metadata, dict):
             raise CheckpointError(
                 f"{self.directory / INDEX_FILE}: no weight_map ({type(weight_map).__name__}); an "
@@ -148,9 +137,24 @@ class Reader:
 
 
 def resolve(directory: Path, name: str) -> Path:
-    """Where a file lies: in a committed save that was cut short, or in the directory."""
-    committed = directory / COMMITTED / name
-    return committed if committed.exists() else directory / name
+    """Where a file lies: in a committed save that was cut short, or in the directory.
+
+    Raises:
+        CheckpointError: it is a link that leads elsewhere.
+    """
+    path = directory / COMMITTED / name
+    path = path if path.exists() else directory / name
+    home = directory.resolve()
+    allowed = [home]
+    if home.parent.name == "snapshots":
+        # huggingface_hub's cache: a snapshot's files are links to blobs/ of the same repository.
+        allowed.append(home.parent.parent / "blobs")
+    if not any(path.resolve().is_relative_to(a) for a in allowed):
+        raise CheckpointError(
+            f"{path}: leads out of the directory ({path.resolve()}); a checkpoint's files lie in "
+            "it. Copy the file there if you trust it."
+        )
+    return path
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -161,7 +165,7 @@ def read_json(path: Path) -> dict[str, Any]:
         )
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: not JSON ({error}); expected an object. Download it again."
         ) from None

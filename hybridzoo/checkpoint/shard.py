@@ -167,7 +167,7 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
 
     try:
         entries = json.loads(raw, object_pairs_hook=unique)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _refuse(path, f"a header that is not JSON ({error})", "it must be") from None
     if not isinstance(entries, dict):
         raise _refuse(path, f"a header that is a {type(entries).__name__}", "it is an object")

@@ -12,14 +12,10 @@ import torch
 from torch import Tensor
 
 from hybridzoo.checkpoint.convert import MODEL_TYPE, family
-from hybridzoo.checkpoint.convert.base import (
-    Family,
-    differences,
-    published_config,
-    recorded_layout,
-)
+from hybridzoo.checkpoint.convert.base import Family, differences, published_config
 from hybridzoo.checkpoint.io import INDEX_FILE, Layout, plan, write
 from hybridzoo.checkpoint.layout import Blocks, unfused, whole
+from hybridzoo.checkpoint.recorded import SourceLayout, recorded_layout
 from hybridzoo.checkpoint.shard import DTYPE_NAMES, DTYPES, Spec
 from hybridzoo.config import HybridConfig
 from hybridzoo.errors import CheckpointError
@@ -112,15 +108,13 @@ class Store:
         self, known: Family, source: Parameters
     ) -> tuple[Blocks, Layout, dict[str, bytes]]:
         """The source's own files if remembered and still fitting, else the newest dialect's."""
-        config, layout = source.config, source.config.source_layout
+        config, layout = source.config, SourceLayout.of(source.config)
         texts: dict[str, str] = {}
-        if layout is not None and layout.get("family") == known.model_type:
-            texts = dict(layout["texts"])
-            published = json.loads(texts["config.json"])
-            if not differences(config, known.read(published)):
-                names = {n for entry in layout["files"] for n in entry["tensors"]}
-                blocks = known.blocks(config, names)
-                files = recorded_layout(config, blocks)
+        if layout is not None and layout.family == known.model_type:
+            texts = dict(layout.texts)
+            if not differences(config, known.read(json.loads(texts["config.json"]))):
+                blocks = known.blocks(config, layout.names())
+                files = recorded_layout(layout, blocks)
                 if files is not None:
                     return self._as_recorded(source, blocks, files, texts)
         published = published_config(known, config, self._main_dtype(source))

@@ -168,6 +168,7 @@ BAD_FILES = {
     ),
     "header not json": (_header(lambda text: b"{" + text), "header that is not JSON"),
     "header not utf-8": (_header(lambda text: b"\xff" * 16), "header that is not JSON"),
+    "deep header": (_header(lambda text: b"[" * 100_000), "header that is not JSON"),
     "header a list": (_header(lambda text: b"[]"), "header that is a list"),
     "twice": (
         _header(lambda t: t.rstrip()[:-1] + b"," + t[t.index(b'"a"') :].rstrip()),
@@ -231,6 +232,7 @@ BAD_INDEXES = {
     "not a name": (_index(lambda i: i["weight_map"].update(a=3)), "illegal file"),
     "other file": (_index(lambda i: i["weight_map"].update(a="config.json")), "illegal file"),
     "symlink": (_outside, "leads out of the directory"),
+    "deep index": (lambda d: (d / INDEX_FILE).write_text("[" * 100_000), "not JSON"),
     "two shards": (_duplicate, "is also in"),
     "unlisted": (
         _index(lambda i: i["weight_map"].pop("none") and None),

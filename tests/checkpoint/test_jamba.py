@@ -339,3 +339,40 @@ def test_native_config_mistake_names_the_file(made, tmp_path):
     families.edit_config(tmp_path, lambda config: config | {"d_modle": 3})
     with pytest.raises(ConfigError, match=r"config.json: d_modle is not a key.*d_model"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda s: s.pop("files"), "files is missing"),
+        (lambda s: s.update(files=3), "files: wrong type"),
+        (lambda s: s["files"][0].pop("header"), "header is missing"),
+        (lambda s: s["files"][0]["tensors"].update({"lm_head.weight": "F4"}), "unknown dtype"),
+        (lambda s: s["files"][0].update(file="../model.safetensors"), "illegal file name"),
+        (lambda s: s["texts"].update({"../evil": ""}), "illegal file name"),
+    ],
+)
+def test_source_layout_is_not_trusted(made, change, said, tmp_path):
+    tiny, _ = made("dense")
+    convert(tiny.directory, tmp_path / "native")
+
+    def edit(config):
+        change(config["source_layout"])
+        return config
+
+    families.edit_config(tmp_path / "native", edit)
+    with pytest.raises(HybridzooError, match=said):
+        convert(tmp_path / "native", tmp_path / "export", layout="jamba")
+    assert not (tmp_path / "evil").exists()
+
+
+def test_changed_architecture_is_written_in_the_newest_dialect(made, tmp_path):
+    """The files that the source had no longer fit; remembering them would lose the change."""
+    tiny, ours = made("legacy")
+    changed = HybridLM(ours.config.with_options(tie_embeddings=True), init=False)
+    changed.load_state_dict(ours.state_dict() | {"head.weight": ours.embed.weight})
+    save(changed, tmp_path, layout="jamba")
+    theirs = JambaForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        got, want = changed.eval()(tiny.ids), families.full(theirs, tiny.ids)
+    torch.testing.assert_close(got, want, atol=tiny.tolerance, rtol=0)

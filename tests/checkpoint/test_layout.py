@@ -167,6 +167,15 @@ def test_integer_weights_are_refused(tmp_path):
         load(tmp_path)
 
 
+def test_wider_weights_among_narrow_ones_are_announced(tmp_path):
+    save(model(dtype=torch.bfloat16), tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["norm.weight"] = weights["norm.weight"].float()
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.warns(UserWarning, match=r"norm.weight .*float32 but loaded as .*bfloat16"):
+        assert load(tmp_path).norm.weight.dtype == torch.bfloat16
+
+
 def test_tokenizer_is_put_under_the_configs_name(tmp_path):
     (tmp_path / "some.json").write_text("{}")
     save(model(tokenizer="tok.json"), tmp_path / "out", tokenizer=tmp_path / "some.json")

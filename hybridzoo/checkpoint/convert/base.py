@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 
-from hybridzoo.checkpoint.io import INDEX_FILE, Layout
-from hybridzoo.checkpoint.layout import Block, Blocks, Source
+from hybridzoo.checkpoint.layout import Block, Source
 from hybridzoo.checkpoint.pickled import PickleReader
-from hybridzoo.checkpoint.reader import Reader, resolve
-from hybridzoo.checkpoint.shard import Shard, Spec
+from hybridzoo.checkpoint.reader import Reader
+from hybridzoo.checkpoint.recorded import record
 from hybridzoo.config import Branch, HybridConfig, branch_prefix
 from hybridzoo.errors import CheckpointError
 from hybridzoo.layers import Param
@@ -30,9 +29,6 @@ from hybridzoo.sharding import Split
 _NOT_THE_FUNCTION = {"dt_min", "dt_max", "dt_init_floor", "aux_loss", "z_loss", "router_fp32"}
 # widths that may be given or derived: they are compared by what they come to.
 _DERIVED = {"expand", "d_inner", "dt_rank", "n_kv_heads", "head_dim"}
-
-# files whose text an export writes back.
-_TEXTS = ("config.json", "generation_config.json", INDEX_FILE)
 
 
 @dataclass(frozen=True)
@@ -151,7 +147,7 @@ def open_family(family: Family, config: HybridConfig, reader: Reader | PickleRea
     specs = reader.specs
     blocks = family.blocks(config, specs)
     ignored = {name for name in specs if re.fullmatch(family.ignored, name)}
-    config = config.with_options(source_layout=_record(family, reader))
+    config = config.with_options(source_layout=record(family.model_type, reader))
     source = Source(config, reader, blocks, ignored)
     for copy in blocks["embed.weight"][1:]:
         first = blocks["embed.weight"][0].name
@@ -161,48 +157,6 @@ def open_family(family: Family, config: HybridConfig, reader: Reader | PickleRea
                 "them; tied weights are one. Set tie_word_embeddings to false."
             )
     return source
-
-
-def _record(family: Family, reader: Reader | PickleReader) -> dict[str, Any]:
-    """source_layout: which files hold what in which order and dtype, and the texts beside them."""
-    texts = {}
-    for name in _TEXTS:
-        path = resolve(reader.directory, name)
-        # an index that transformers would spell alike is written again rather than remembered.
-        if path.is_file() and (
-            name != INDEX_FILE or path.read_bytes() != reader.layout.index_text().encode()
-        ):
-            texts[name] = path.read_bytes().decode()
-    files = [
-        {
-            "file": file,
-            "tensors": {name: spec.dtype for name, spec in shard.tensors.items()},
-            "metadata": shard.metadata,
-            # kept only where its spelling is unusual.
-            "header": shard.header.decode() if shard.header else None,
-        }
-        for file, shard in reader.layout.files.items()
-    ]
-    index = reader.layout.index
-    return {"family": family.model_type, "files": files, "index": index, "texts": texts}
-
-
-def recorded_layout(config: HybridConfig, blocks: Blocks) -> Layout | None:
-    """The files of a config's source; None unless they hold just the tensors of `blocks`."""
-    assert config.source_layout is not None
-    shapes = {b.name: b.shape for cut in blocks.values() for b in cut}
-    entries = config.source_layout["files"]
-    if {name for entry in entries for name in entry["tensors"]} != shapes.keys():
-        return None
-    files = {
-        entry["file"]: Shard(
-            {name: Spec(dtype, shapes[name]) for name, dtype in entry["tensors"].items()},
-            entry["metadata"],
-            entry["header"].encode() if entry["header"] else None,
-        )
-        for entry in entries
-    }
-    return Layout(files, config.source_layout["index"])
 
 
 def published_config(family: Family, config: HybridConfig, dtype: str) -> dict[str, Any]:
