@@ -178,10 +178,8 @@ class Trainer:
                 f"({step - MAX_SKIPPED + 1} to {step}); the run diverged. Lower lr or clip_norm."
             )
 
-    @torch.no_grad()
     def _evaluate(self) -> None:
         """Held-out loss, of the averaged weights if there are any; the best are kept in best/."""
-        self.model.eval()
         with self.average.applied() if self.average else nullcontext():
             value, loads = self._held_out()
             is_best = value < self.best
@@ -192,8 +190,10 @@ class Trainer:
         record |= {"is_best": is_best} | ({"expert_load": loads} if loads else {})
         self.log.write(record)
 
+    @torch.no_grad()
     def _held_out(self) -> tuple[float, dict[str, list[float]]]:
         """Nats a label over the held-out split, and each expert's share of the picks."""
+        self.model.eval()
         nats, count = torch.zeros((), dtype=torch.float64), 0
         # eager: the last batch's shape and the hooks would each be compiled anew
         with expert_loads(self.model) as loads, torch.compiler.set_stance("force_eager"):

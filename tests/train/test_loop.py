@@ -149,7 +149,6 @@ def test_best_holds_the_averaged_weights_of_the_lowest_loss(tmp_path):
 def test_held_out_loss_is_the_mean_over_every_held_out_byte(tmp_path):
     recipe = runs.recipe(tmp_path, ema=0.0, eval_batches=0)
     trainer = Trainer(recipe, False, runs.quiet())
-    trainer.model.eval()
     value, _ = trainer._held_out()
     text = runs.TEXT[len(runs.TEXT) - len(runs.TEXT) // 20 :]
     assert trainer.data.documents("val").n_targets == len(text)
@@ -160,7 +159,7 @@ def test_held_out_loss_is_the_mean_over_every_held_out_byte(tmp_path):
 
 def test_dropout_is_off_when_evaluating_and_on_again_after(tmp_path):
     trainer = Trainer(runs.recipe(tmp_path), False, runs.quiet())
-    trainer.model.eval()
+    trainer.model.train()
     assert trainer._held_out() == trainer._held_out()
     first, second = (trainer._compute(trainer._batches(0)).nats for _ in range(2))
     # the same step draws the same dropout, another step another

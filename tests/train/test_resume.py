@@ -78,6 +78,18 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, straight):
     assert_same_run(again, straight)
 
 
+def test_a_resumed_run_remembers_its_best(tmp_path):
+    """As if the steps before had reached a loss that no later one does."""
+    recipe = runs.recipe(tmp_path)
+    last = runs.run_until(recipe, 5)
+    best = runs.weights(tmp_path / "run" / "best")
+    info = snapshot.read_info(last)
+    assert info["best"] == losses(tmp_path / "run")[4]["val_loss"]
+    (last / "trainer.json").write_text(json.dumps({**info, "best": 0.001}))
+    train(recipe, resume=True, console=runs.quiet())
+    runs.assert_same(runs.weights(tmp_path / "run" / "best"), best)
+
+
 def test_resume_of_nothing_starts_and_says_so(tmp_path):
     console = runs.quiet()
     recipe = runs.recipe(tmp_path, steps=1, eval_every=0)
