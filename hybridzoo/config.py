@@ -6,6 +6,7 @@ Every user error is caught here, before any tensor.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -90,9 +91,8 @@ class HybridConfig:
     def __post_init__(self) -> None:
         """Read the legend into typed configs and check all that needs no tensor."""
         check_fields("config", self)
-        object.__setattr__(
-            self, "layers", {k: _legend_entry(f"layers.{k}", v) for k, v in self.layers.items()}
-        )
+        layers = {k: _legend_entry(f"layers.{k}", v) for k, v in self.layers.items()}
+        object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "shared", {k: _shared_layer(k, v) for k, v in self.shared.items()})
         object.__setattr__(self, "layers_at", {_place(k): v for k, v in self.layers_at.items()})
         self._check_places()
@@ -154,9 +154,8 @@ class HybridConfig:
             for branch in place:
                 if branch.shared is None:
                     prefix = branch_prefix(i, branch.letter, len(place) > 1)
-                    yield from (
-                        (prefix + k, p) for k, p in branch.config.params(self.d_model).items()
-                    )
+                    own = branch.config.params(self.d_model)
+                    yield from ((prefix + k, p) for k, p in own.items())
         for name, layer in self.shared.items():
             yield from ((f"shared.{name}.{k}", p) for k, p in layer.params(self.d_model).items())
         yield "norm.weight", norm
@@ -168,7 +167,7 @@ class HybridConfig:
 
         A router's correction bias is not counted, as in the papers' totals.
         """
-        return sum(_numel(p.shape) for _, p in self.params() if p.trained)
+        return sum(math.prod(p.shape) for _, p in self.params() if p.trained)
 
     def n_active_params(self) -> int:
         """Parameters that one token uses: of experts, the top_k picked.
@@ -176,7 +175,7 @@ class HybridConfig:
         Shared weights count once.
         """
         return sum(
-            _numel(p.shape) * p.active[0] // p.active[1] for _, p in self.params() if p.trained
+            math.prod(p.shape) * p.active[0] // p.active[1] for _, p in self.params() if p.trained
         )
 
     def flops_per_token(self, context: int = 0) -> int:
@@ -189,13 +188,9 @@ class HybridConfig:
 
     def state_bytes(self, context: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
         """Bytes of all states of `batch` sequences of `context` tokens in a model of `dtype`."""
-        specs = (
-            s
-            for place in self.places
-            for b in place
-            for s in b.config.state(self.d_model, batch, context).values()
-        )
-        return sum(_numel(s.shape) * s.dtype_in(dtype).itemsize for s in specs)
+        layers = (b.config for place in self.places for b in place)
+        specs = (s for c in layers for s in c.state(self.d_model, batch, context).values())
+        return sum(math.prod(s.shape) * s.dtype_in(dtype).itemsize for s in specs)
 
     def check_tp(self, tp: int) -> None:
         """Raise ConfigError, naming the legal tp, when some layer cannot be cut over `tp` ranks."""
@@ -264,10 +259,8 @@ def _layer(where: str, entry: Any) -> LayerConfig:
     if isinstance(entry, LayerConfig):
         return entry
     if not isinstance(entry, Mapping):
-        raise ConfigError(
-            f"{where}: expected a kind and its hyperparameters ({entry!r}); "
-            "write {kind: mamba2, ...}."
-        )
+        what = f"expected a kind and its hyperparameters ({entry!r})"
+        raise ConfigError(f"{where}: {what}; write {{kind: mamba2, ...}}.")
     cls = kind_config(where, entry.get("kind"))
     return cls.from_dict(where, {k: v for k, v in entry.items() if k != "kind"})
 
@@ -305,10 +298,3 @@ def _names(entries: Mapping[str, Any]) -> str:
 def _place(key: Any) -> Any:
     # JSON has no other keys than text
     return int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    n = 1
-    for size in shape:
-        n *= size
-    return n

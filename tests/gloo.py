@@ -46,7 +46,7 @@ class _Pool:
     def __init__(self, world: int) -> None:
         # a server that has torch loaded forks the ranks: quick, and free of this process's threads
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["hybridzoo.model"])
+        context.set_forkserver_preload(["torch.distributed"])
         self.folder = tempfile.TemporaryDirectory()
         self.pipes: list[Connection] = []
         self.ranks = []

@@ -126,7 +126,7 @@ class Sequence:
         return torch.full((x.shape[0],), x.shape[1], dtype=torch.int32, device=x.device)
 
     def blank_padding(self, x: Tensor) -> Tensor:
-        """Zeros at the padding of x (b, l, ...), so that no padding enters a state or a neighbour."""
+        """Put zeros at x's padding, so that no padding enters a state or a neighbour."""
         return x if self.pad_mask is None else x.masked_fill(~self.pad_mask[:, :, None], 0)
 
     def unpack(self, x: Tensor, fill: float = 0) -> Tensor:
