@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hybridzoo.errors import HybridzooError
+from hybridzoo import __version__
+from hybridzoo.errors import ConfigError, HybridzooError
+
+if TYPE_CHECKING:
+    import torch
 
 app = typer.Typer(
     add_completion=False,
@@ -18,103 +23,94 @@ app = typer.Typer(
     help="Hybrid language models (Mamba, attention, MoE) from one line of layer letters.",
 )
 
-COLOURS = {"mamba1": "cyan", "mamba2": "blue", "attention": "red", "mlp": "green", "moe": "yellow"}
-
-Source = Annotated[str, typer.Argument(help="A zoo name, or a directory that holds a checkpoint.")]
-Kernels = Annotated[str, typer.Option(help="Backends by op, such as ssd=reference,attention=sdpa.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes a GPU when there is one.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto: a GPU if there is one.")]
+Kernels = Annotated[str, typer.Option(help="Backends by op: ssd=reference,attention=sdpa.")]
 
 
 def main() -> None:
-    """Run the command line; a user's mistake becomes one sentence on stderr and exit code 2."""
+    """Run the command line; a user's mistake is one sentence on stderr and exit code 2."""
     is_debug = "--debug" in sys.argv
     if is_debug:
         sys.argv.remove("--debug")
     try:
         app()
-    except HybridzooError as error:
+    except (HybridzooError, OSError) as error:
         if is_debug:
             raise
-        typer.echo(f"hybridzoo: {error}", err=True)
+        if isinstance(error, BrokenPipeError):
+            # the reader went away (`| head`): nothing is wrong, and nothing more can be said
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        typer.echo(f"hybridzoo: {_sentence(error)}", err=True)
         sys.exit(2)
-    except OSError as error:
-        if is_debug:
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        typer.echo(f"hybridzoo: {where}{error.strerror or error}. Check the path, its rights and the disk's room.", err=True)
-        sys.exit(2)
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(__version__)
+        raise typer.Exit
 
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it, end."),
+    ] = False,
+    # main reads this one, because it is main that catches the errors
+    debug: Annotated[bool, typer.Option("--debug", help="Show an error's traceback.")] = False,
 ) -> None:
-    if version:
-        from hybridzoo import __version__
-
-        typer.echo(__version__)
-        raise typer.Exit
+    pass
 
 
 @app.command(name="list")
 def list_(as_json: AsJson = False) -> None:
     """Show the zoo: every model with its pattern, size and where its weights are."""
-    from rich.table import Table
-
+    from hybridzoo import show
     from hybridzoo.zoo import list_models
 
     models = list_models()
     if as_json:
         typer.echo(json.dumps([m.to_dict() for m in models], indent=2))
-        return
-    table = Table("model", "pattern", "parameters", "active", "licence", "weights")
-    for m in models:
-        table.add_row(m.name, m.pattern, _count(m.n_params), _count(m.n_active_params), m.licence, m.weights)
-    _console().print(table)
+    else:
+        show.console().print(show.zoo(models))
 
 
 @app.command()
 def info(
-    model: Annotated[str, typer.Argument(help="A zoo name, a config (.yaml, .json) or a checkpoint's directory.")],
+    model: Annotated[str, typer.Argument(help="A zoo name, config file or checkpoint directory.")],
     as_json: AsJson = False,
 ) -> None:
     """Draw a model's stack and count its parameters, operations and state."""
+    from hybridzoo import show
     from hybridzoo.describe import facts
     from hybridzoo.zoo import find_config
 
     config = find_config(model)
-    found = facts(config)
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
-        return
-    console = _console()
-    console.print(f"[bold]{found['name']}[/]  {found['pattern']}", highlight=False)
-    for line in _stack(config):
-        console.print(line, highlight=False, overflow="ignore", no_wrap=True)
-    console.print(_legend(found))
-    console.print(_figures(found))
-    console.print(f"beside a transformer: {found['transformer']}, same d_model; one sequence, bf16", style="dim", highlight=False)
+        typer.echo(json.dumps(facts(config), indent=2))
+    else:
+        show.console().print(show.model(config))
 
 
 @app.command()
 def generate(
-    model: Source = "shakespeare",
+    model: Annotated[str, typer.Argument(help="A zoo name or a directory.")] = "shakespeare",
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "\n",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(help="Keep the k best tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep the best tokens up to this probability.")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Drop tokens below this share of the best one's.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the best up to this mass.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Keep this share of the best's.")] = None,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: repeat less.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Of the draw; the same seed gives the same text.")] = None,
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or stored; auto is fp32 on a CPU, stored on a GPU.")] = "auto",
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16, stored; auto: fp32 on a CPU.")] = "auto",
     device: Device = "auto",
     kernels: Kernels = "",
-    quiet: Annotated[bool, typer.Option("--quiet", help="No line on stderr about device and backends.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Nothing but the text.")] = False,
 ) -> None:
-    """Continue a prompt; only the text goes to stdout."""
+    """Continue a prompt; only the text, prompt included, goes to stdout."""
     from hybridzoo.inference.generate import stream
     from hybridzoo.tokenizer import Decoder
     from hybridzoo.zoo import load, load_tokenizer_of
@@ -123,17 +119,24 @@ def generate(
     _use_kernels(kernels)
     lm = load(model, dtype=_dtype(dtype, place), device=place)
     tokenizer = load_tokenizer_of(model, lm.config)
-    if not quiet:
-        typer.echo(_run_line(lm, place), err=True)
     import torch
 
-    ids = torch.tensor([tokenizer.encode(prompt)], device=place)
+    steps = stream(
+        lm,
+        torch.tensor([tokenizer.encode(prompt)], dtype=torch.int64),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=lm.config.eos_token_id,
+        seed=seed,
+    )
+    if not quiet:
+        typer.echo(_run_line(lm.config.name, lm.config.n_params(), lm.embed.weight), err=True)
     decoder = Decoder(tokenizer)
     typer.echo(prompt, nl=False)
-    steps = stream(
-        lm, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-        repetition_penalty=repetition_penalty, stop=lm.config.eos_token_id, seed=seed,
-    )  # fmt: skip
     for step in steps:
         typer.echo(decoder.push(int(step)), nl=False)
         sys.stdout.flush()
@@ -143,21 +146,26 @@ def generate(
 @app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="A checkpoint's directory, ours or a family's.")],
-    target: Annotated[Path, typer.Argument(help="The directory to write; it must not exist or be empty.")],
-    layout: Annotated[str, typer.Option(help="native, or the family to write, such as jamba.")] = "native",
+    target: Annotated[Path, typer.Argument(help="The directory to write.")],
+    layout: Annotated[str, typer.Option(help="native, or a family such as jamba.")] = "native",
+    from_pickle: Annotated[bool, typer.Option("--from-pickle", help="Read .bin files.")] = False,
 ) -> None:
     """Rewrite a checkpoint in another layout, tensor by tensor."""
     from hybridzoo.checkpoint import convert
 
-    convert(source, target, layout=layout)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(
+            f"{target}: exists and is not empty; convert writes a new directory. Choose another."
+        )
+    convert(source, target, layout=layout, from_pickle=from_pickle)
     typer.echo(f"{target}: written in the {layout} layout")
 
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, such as configs/train/tiny.yaml.")],
-    output: Annotated[Path | None, typer.Option(help="Where checkpoints and logs go; the recipe's choice if left out.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output directory.")] = False,
+    recipe: Annotated[Path, typer.Argument(help="Such as configs/train/tiny.yaml.")],
+    output: Annotated[Path | None, typer.Option(help="Instead of the recipe's output.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where it stopped.")] = False,
     kernels: Kernels = "",
 ) -> None:
     """Train a model from a recipe; stop it whenever you like and go on with --resume."""
@@ -175,8 +183,8 @@ def doctor(device: Device = "auto", as_json: AsJson = False) -> None:
     import platform
 
     import torch
-    from rich.table import Table
 
+    from hybridzoo import show
     from hybridzoo.kernels.dispatch import explain
 
     place = _device(device)
@@ -184,121 +192,59 @@ def doctor(device: Device = "auto", as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps([r._asdict() for r in rows], indent=2))
         return
-    name = torch.cuda.get_device_name(place) if place.type == "cuda" else platform.processor() or platform.machine()
-    console = _console()
-    console.print(f"python {platform.python_version()}, torch {torch.__version__}, {place} ({name})", highlight=False)
-    table = Table("op", "backend", "runs here", "why not")
-    for r in rows:
-        table.add_row(r.op, r.backend, "[green]chosen[/]" if r.chosen else "yes" if r.reason is None else "no", r.reason or "")
-    console.print(table)
+    name = torch.cuda.get_device_name(place) if place.type == "cuda" else platform.machine()
+    console = show.console()
+    versions = f"python {platform.python_version()}, torch {torch.__version__}"
+    console.print(f"{versions}, {place} ({name})", highlight=False)
+    console.print(show.backends(rows))
 
 
-def _console() -> Any:
-    from rich.console import Console
+def _sentence(error: HybridzooError | OSError) -> str:
+    if isinstance(error, HybridzooError):
+        return str(error)
+    where = f"{error.filename}: " if error.filename else ""
+    reason = error.strerror or str(error)
+    return f"{where}{reason}. Check the path, its rights and the room on the disk."
 
-    # a pipe has no width: wide enough that no table is cut there.
-    return Console() if sys.stdout.isatty() else Console(width=120)
 
-
-def _device(name: str) -> Any:
+def _device(name: str) -> torch.device:
     import torch
-
-    from hybridzoo.errors import ConfigError
 
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+    kind, colon, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (colon and not (kind == "cuda" and index.isdigit())):
         raise ConfigError(f"--device: unknown device ({name}); use auto, cpu, cuda or cuda:N.")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"--device: no such GPU ({name}); this torch sees {torch.cuda.device_count()}. Use auto or cpu.")
+    n_gpus = torch.cuda.device_count()
+    if kind == "cuda" and int(index or 0) >= n_gpus:
+        raise ConfigError(f"--device: no such GPU ({name}); torch sees {n_gpus}. Use auto or cpu.")
     return torch.device(name)
 
 
-def _dtype(name: str, device: Any) -> Any:
+def _dtype(name: str, device: torch.device) -> torch.dtype | None:
     import torch
 
-    from hybridzoo.errors import ConfigError
-
     known = {"fp32": torch.float32, "bf16": torch.bfloat16, "stored": None}
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else None
+    # a CPU computes bf16 slowly and the step-by-step recurrence deserves the bits
+    known["auto"] = torch.float32 if device.type == "cpu" else None
     if name not in known:
-        raise ConfigError(f"--dtype: unknown dtype ({name}); use auto, {', '.join(known)}.")
+        raise ConfigError(f"--dtype: unknown dtype ({name}); use auto, fp32, bf16 or stored.")
     return known[name]
 
 
 def _use_kernels(text: str) -> None:
     from hybridzoo.kernels.dispatch import parse_backends, set_backends
 
-    if text:
-        set_backends(parse_backends(text))
+    set_backends(parse_backends(text))
 
 
-def _run_line(lm: Any, device: Any) -> str:
+def _run_line(name: str, n_params: int, weight: torch.Tensor) -> str:
     from hybridzoo.kernels.dispatch import explain
+    from hybridzoo.show import count
 
-    chosen = ", ".join(f"{r.op}={r.backend}" for r in explain(device) if r.chosen)
-    dtype = str(lm.embed.weight.dtype).removeprefix("torch.")
-    return f"{lm.config.name}: {_count(lm.config.n_params())} parameters, {device}, {dtype}; {chosen}"
-
-
-def _stack(config: Any) -> list[str]:
-    from hybridzoo.describe import draw
-
-    kinds = {b.letter: b.config.kind for place in config.places for b in place}
-    lines = []
-    for first, places in draw(config):
-        cells = []
-        for text in places:
-            letters = [f"[{COLOURS.get(kinds[c], 'magenta')}]{c}[/]" if c in kinds else _literal(c) for c in text]
-            cells.append("".join(letters))
-        lines.append(f"[dim]{first:>4}[/]  {' '.join(cells)}")
-    return lines
-
-
-def _literal(character: str) -> str:
-    return {"[": "\\[", "|": "[bold]│[/]"}.get(character, character)
-
-
-def _legend(found: dict[str, Any]) -> Any:
-    from rich.table import Table
-
-    table = Table("letter", "kind", "places", "parameters each", "options")
-    for row in found["layers"]:
-        options = ", ".join(f"{k}={v}" for k, v in row["options"].items())
-        letter = f"[{COLOURS.get(row['kind'], 'magenta')}]{row['letter']}[/]"
-        kind = row["kind"] + (f" (shared.{row['shared']})" if "shared" in row else "")
-        table.add_row(letter, kind, str(row["count"]), _count(row["n_params"]), options)
-    return table
-
-
-def _figures(found: dict[str, Any]) -> Any:
-    from rich.table import Table
-
-    table = Table(show_header=False)
-    table.add_row("parameters", f"{found['n_params']:,}", f"active {found['n_active_params']:,}")
-    table.add_row("weights in bf16", _bytes(found["weight_bytes"]), "")
-    for n, flops in found["flops_per_token"].items():
-        mine, other = found["state_bytes"][n], found["transformer_state_bytes"][n]
-        saved = f"transformer {_bytes(other)}, {other / mine:.1f}x" if mine else ""
-        table.add_row(f"state at {n // 1024}K", _bytes(mine), saved)
-        table.add_row(f"forward at {n // 1024}K", f"{flops / 1e9:,.3f} GFLOP a token", "")
-    return table
-
-
-def _count(n: int) -> str:
-    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
-        if n >= size:
-            return f"{n / size:.2f} {unit}"
-    return str(n)
-
-
-def _bytes(n: int) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if n >= size:
-            return f"{n / size:,.2f} {unit}"
-    return f"{n} B"
+    chosen = ", ".join(f"{r.op} {r.backend}" for r in explain(weight.device) if r.chosen)
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return f"{name}: {count(n_params)} parameters, {weight.device}, {dtype}; kernels: {chosen}"
 
 
 if __name__ == "__main__":

@@ -17,11 +17,13 @@ def facts(config: HybridConfig) -> dict[str, Any]:
     """Everything countable about a config, as plain values.
 
     Returns:
-        name, pattern, d_model, vocab_size, n_places, n_stages, n_params, n_active_params, weight_bytes (bf16),
-        flops_per_token, state_bytes and transformer_state_bytes (one sequence in bf16, by context), transformer (what
-        that twin is) and layers: one row a letter with kind, count, parameters of one and options.
+        name, pattern, d_model, vocab_size, n_places, n_stages, n_params, n_active_params,
+        weight_bytes (bf16), flops_per_token, state_bytes and transformer_state_bytes (one sequence
+        in bf16, by context), transformer (what that twin is) and layers: one row a letter with
+        kind, count, parameters of one and options.
     """
     twin, twin_text = _transformer(config)
+    n_mixers = _n_mixers(config)
     return {
         "name": config.name,
         "pattern": config.expanded.compact(),
@@ -34,16 +36,18 @@ def facts(config: HybridConfig) -> dict[str, Any]:
         "weight_bytes": 2 * config.n_params(),
         "flops_per_token": {n: config.flops_per_token(n) for n in CONTEXTS},
         "state_bytes": {n: config.state_bytes(n) for n in CONTEXTS},
-        "transformer_state_bytes": {n: _bytes(twin.state(config.d_model, 1, n)) * _n_mixers(config) for n in CONTEXTS},
+        "transformer_state_bytes": {
+            n: n_mixers * _bytes(twin.state(config.d_model, 1, n)) for n in CONTEXTS
+        },
         "transformer": twin_text,
         "layers": [_row(config, letter) for letter in config.expanded.letters],
     }
 
 
 def draw(config: HybridConfig, per_row: int = 16) -> list[tuple[int, list[str]]]:
-    """The stack in rows of places, input first: (index of the row's first place, its places' letters).
+    """The stack in rows of places, input first: (index of the row's first place, its cells).
 
-    A parallel place is written [MA]; a pipeline cut is a '|' before the place that starts the stage.
+    A cell is a place's letter, [MA] for a parallel place, or '|' before one that starts a stage.
     """
     rows: list[tuple[int, list[str]]] = []
     for i, letters in enumerate(config.expanded.places):
@@ -60,7 +64,13 @@ def _row(config: HybridConfig, letter: str) -> dict[str, Any]:
     first = branches[0].config
     n_params = sum(_numel(p.shape) for p in first.params(config.d_model).values() if p.trained)
     options = {k: v for k, v in first.to_dict().items() if k != "kind"}
-    row = {"letter": letter, "kind": first.kind, "count": len(branches), "n_params": n_params, "options": options}
+    row = {
+        "letter": letter,
+        "kind": first.kind,
+        "count": len(branches),
+        "n_params": n_params,
+        "options": options,
+    }
     return row | ({"shared": branches[0].shared} if branches[0].shared else {})
 
 
@@ -73,10 +83,18 @@ def _n_mixers(config: HybridConfig) -> int:
 
 
 def _transformer(config: HybridConfig) -> tuple[AttentionConfig, str]:
-    # the twin keeps this model's own attention heads, if it has any, so that the comparison is not with a straw man.
-    own = Counter(b.config for place in config.places for b in place if isinstance(b.config, AttentionConfig))
-    head_dim = 128 if config.d_model % 128 == 0 else 64 if config.d_model % 64 == 0 else config.d_model
-    attention = own.most_common(1)[0][0] if own else AttentionConfig(n_heads=max(config.d_model // head_dim, 1))
+    # the twin keeps this model's own attention heads, if any: no comparison with a straw man.
+    own = Counter(
+        b.config for place in config.places for b in place if isinstance(b.config, AttentionConfig)
+    )
+    head_dim = (
+        128 if config.d_model % 128 == 0 else 64 if config.d_model % 64 == 0 else config.d_model
+    )
+    attention = (
+        own.most_common(1)[0][0]
+        if own
+        else AttentionConfig(n_heads=max(config.d_model // head_dim, 1))
+    )
     _, n_kv_heads, p = attention.widths(config.d_model)
     heads = f"{n_kv_heads} key/value head{'s' * (n_kv_heads > 1)} of {p}"
     return attention, f"attention with {heads} in all {_n_mixers(config)} sequence-mixing places"

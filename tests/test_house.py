@@ -31,7 +31,7 @@ FLOORS = {
     "config": 3,
     **dict.fromkeys(["model", "describe"], 4),
     **dict.fromkeys(["inference", "parallel", "checkpoint"], 5),
-    **dict.fromkeys(["zoo", "train", "eval", "plan", "serve"], 6),
+    **dict.fromkeys(["zoo", "train", "eval", "plan", "serve", "show"], 6),
     **dict.fromkeys(["compat", "hf", "cli"], 7),
 }
 # HybridLM's one-line methods, the only imports that may point up

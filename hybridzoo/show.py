@@ -1,0 +1,103 @@
+"""What the command line prints: tables and drawings of rich, from plain values."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from hybridzoo.describe import draw, facts
+
+if TYPE_CHECKING:
+    from hybridzoo.config import HybridConfig
+    from hybridzoo.kernels.dispatch import Row
+
+COLOURS = {"mamba1": "cyan", "mamba2": "blue", "attention": "red", "mlp": "green", "moe": "yellow"}
+
+
+def console() -> Console:
+    """Standard output; a pipe has no width, so it gets one at which no table is cut."""
+    return Console() if sys.stdout.isatty() else Console(width=120)
+
+
+def zoo(models: Iterable[Any]) -> Table:
+    """One row a model: ModelEntry of zoo."""
+    table = Table("model", "pattern", "parameters", "active", "licence", "weights")
+    for m in models:
+        sizes = count(m.n_params), count(m.n_active_params)
+        table.add_row(m.name, Text(m.pattern), *sizes, m.licence, m.weights)
+    return table
+
+
+def model(config: HybridConfig) -> Group:
+    """A config's stack, letter by letter, its legend and its figures."""
+    found = facts(config)
+    title = Text.assemble((found["name"], "bold"), "  ", found["pattern"])
+    twin = f"transformer: {found['transformer']}, same d_model; states of one sequence in bf16"
+    return Group(title, *_stack(config), _legend(found), _figures(found), Text(twin, style="dim"))
+
+
+def backends(rows: Iterable[Row]) -> Table:
+    """One row a backend of every op: whether it runs, and why not."""
+    table = Table("op", "backend", "runs here", "why not")
+    for r in rows:
+        runs = "[green]chosen[/]" if r.chosen else "yes" if r.reason is None else "no"
+        table.add_row(r.op, r.backend, runs, r.reason or "")
+    return table
+
+
+def count(n: int) -> str:
+    """A number of parameters in K, M or B."""
+    return next((f"{n / size:.2f} {u}" for u, size in _COUNTS if n >= size), str(n))
+
+
+def size(n: int) -> str:
+    """A number of bytes in KiB, MiB or GiB."""
+    return next((f"{n / unit:,.2f} {u}" for u, unit in _SIZES if n >= unit), f"{n} B")
+
+
+_COUNTS = (("B", 10**9), ("M", 10**6), ("K", 10**3))
+_SIZES = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+
+
+def _stack(config: HybridConfig) -> list[Text]:
+    kinds = {b.letter: b.config.kind for place in config.places for b in place}
+    lines = []
+    for first, places in draw(config):
+        line = Text(f"{first:>4} ", style="dim")
+        for cell in places:
+            line.append(" ")
+            for character in cell:
+                style = COLOURS.get(kinds[character], "magenta") if character in kinds else "bold"
+                line.append(character, style)
+        lines.append(line)
+    return lines
+
+
+def _legend(found: dict[str, Any]) -> Table:
+    table = Table("letter", "kind", "places", "parameters each", "options")
+    for row in found["layers"]:
+        options = ", ".join(f"{k}={v}" for k, v in row["options"].items())
+        letter = Text(row["letter"], COLOURS.get(row["kind"], "magenta"))
+        kind = row["kind"] + (f" (shared.{row['shared']})" if "shared" in row else "")
+        table.add_row(letter, kind, str(row["count"]), count(row["n_params"]), Text(options))
+    return table
+
+
+def _figures(found: dict[str, Any]) -> Table:
+    table = Table("", "this model", "transformer", "ratio")
+    n, active = found["n_params"], found["n_active_params"]
+    table.add_row("parameters", f"{n:,}", "", "")
+    table.add_row("active for one token", f"{active:,}", "", "")
+    table.add_row("weights in bf16", size(found["weight_bytes"]), "", "")
+    for context, mine in found["state_bytes"].items():
+        other = found["transformer_state_bytes"][context]
+        ratio = f"{other / mine:.1f}x" if mine else ""
+        table.add_row(f"state after {context // 1024}K tokens", size(mine), size(other), ratio)
+    for context, flops in found["flops_per_token"].items():
+        table.add_row(f"GFLOP for token {context // 1024}K", f"{flops / 1e9:,.3f}", "", "")
+    return table
