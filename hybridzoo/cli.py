@@ -14,7 +14,11 @@ from hybridzoo import __version__
 from hybridzoo.errors import ConfigError, HybridzooError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
+
+    from hybridzoo.tokenizer import Tokenizer
 
 app = typer.Typer(
     add_completion=False,
@@ -112,7 +116,6 @@ def generate(
 ) -> None:
     """Continue a prompt; only the text, prompt included, goes to stdout."""
     from hybridzoo.inference.generate import stream
-    from hybridzoo.tokenizer import Decoder
     from hybridzoo.zoo import load, load_tokenizer_of
 
     place = _device(device)
@@ -135,12 +138,7 @@ def generate(
     )
     if not quiet:
         typer.echo(_run_line(lm.config.name, lm.config.n_params(), lm.embed.weight), err=True)
-    decoder = Decoder(tokenizer)
-    typer.echo(prompt, nl=False)
-    for step in steps:
-        typer.echo(decoder.push(int(step)), nl=False)
-        sys.stdout.flush()
-    typer.echo(decoder.flush())
+    _print_text(prompt, steps, tokenizer)
 
 
 @app.command()
@@ -236,6 +234,17 @@ def _use_kernels(text: str) -> None:
     from hybridzoo.kernels.dispatch import parse_backends, set_backends
 
     set_backends(parse_backends(text))
+
+
+def _print_text(prompt: str, steps: Iterator[torch.Tensor], tokenizer: Tokenizer) -> None:
+    from hybridzoo.tokenizer import Decoder
+
+    decoder = Decoder(tokenizer)
+    typer.echo(prompt, nl=False)
+    for step in steps:
+        typer.echo(decoder.push(int(step)), nl=False)
+        sys.stdout.flush()
+    typer.echo(decoder.flush())
 
 
 def _run_line(name: str, n_params: int, weight: torch.Tensor) -> str:
