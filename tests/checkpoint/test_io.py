@@ -81,6 +81,11 @@ def test_shards_stay_below_the_limit():
     assert sum(map(sum, sizes)) == 49 * 4
 
 
+def test_every_tensor_starts_at_a_multiple_of_its_item_size():
+    specs = {"h": Spec("BF16", (1,)), "f": Spec("F32", (1,)), "d": Spec("F64", (1,))}
+    assert list(plan(specs).files[SINGLE_FILE].tensors) == ["d", "f", "h"]
+
+
 def test_misaligned_tensor_is_read(tmp_path):
     """A bf16 of odd length before an fp32 puts it at a byte that is no multiple of four."""
     store(tmp_path, 3)

@@ -341,6 +341,23 @@ def test_native_config_mistake_names_the_file(made, tmp_path):
         load(tmp_path)
 
 
+def test_unusual_spelling_of_header_index_and_config_is_kept(made, tmp_path):
+    tiny, _ = made("sharded")
+    source = tmp_path / "odd"
+    shutil.copytree(tiny.directory, source)
+    index = source / "model.safetensors.index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()), indent=4))
+    config = source / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text())))
+    for path in source.glob("*.safetensors"):
+        raw = path.read_bytes()
+        n = int.from_bytes(raw[:8], "little")
+        header = json.dumps(json.loads(raw[8 : 8 + n]), sort_keys=True).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + n :])
+    save(load(source), tmp_path / "export", layout="jamba")
+    assert hashes(tmp_path / "export") == hashes(source)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
