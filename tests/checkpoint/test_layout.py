@@ -113,7 +113,7 @@ def rank_loads(parallel, directory, target):
         return one(IDS), {n: tuple(p.shape) for n, p in one.named_parameters()}
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_load_their_cuts_and_save_the_whole(tmp_path, world):
     one = model()
     save(one, tmp_path / "source", max_shard_bytes=3000)
