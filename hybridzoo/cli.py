@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,10 +21,12 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Hybrid language models (Mamba, attention, MoE) from one line of layer letters.",
 )
+
+# an unknown command or option, or a value that is no number; typer exports only this child of it
+_UsageError = typer.BadParameter.__mro__[1]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto: a GPU if there is one.")]
@@ -35,17 +36,12 @@ Kernels = Annotated[str, typer.Option(help="Backends by op: ssd=reference,attent
 def main() -> None:
     """Run the command line; a user's mistake is one sentence on stderr and exit code 2."""
     is_debug = "--debug" in sys.argv
-    if is_debug:
-        sys.argv.remove("--debug")
+    arguments = [a for a in sys.argv[1:] if a != "--debug"] or ["--help"]
     try:
-        app()
-    except (HybridzooError, OSError) as error:
+        sys.exit(app(arguments, prog_name="hybridzoo", standalone_mode=False))
+    except (HybridzooError, OSError, _UsageError) as error:
         if is_debug:
             raise
-        if isinstance(error, BrokenPipeError):
-            # the reader went away (`| head`): nothing is wrong, and nothing more can be said
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
         typer.echo(f"hybridzoo: {_sentence(error)}", err=True)
         sys.exit(2)
 
@@ -126,7 +122,7 @@ def generate(
 
     steps = stream(
         lm,
-        torch.tensor([tokenizer.encode(prompt)], dtype=torch.int64),
+        torch.tensor([_encode(prompt, tokenizer)], dtype=torch.int64),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -143,19 +139,22 @@ def generate(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="A checkpoint's directory, ours or a family's.")],
+    source: Annotated[str, typer.Argument(help="A directory, ours or a family's, or a zoo name.")],
     target: Annotated[Path, typer.Argument(help="The directory to write.")],
     layout: Annotated[str, typer.Option(help="native, or a family such as jamba.")] = "native",
     from_pickle: Annotated[bool, typer.Option("--from-pickle", help="Read .bin files.")] = False,
 ) -> None:
     """Rewrite a checkpoint in another layout, tensor by tensor."""
-    from hybridzoo.checkpoint import convert
+    from hybridzoo.zoo import find_directory
 
+    directory = find_directory(source)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(
             f"{target}: exists and is not empty; convert writes a new directory. Choose another."
         )
-    convert(source, target, layout=layout, from_pickle=from_pickle)
+    from hybridzoo.checkpoint import convert
+
+    convert(directory, target, layout=layout, from_pickle=from_pickle)
     typer.echo(f"{target}: written in the {layout} layout")
 
 
@@ -197,12 +196,15 @@ def doctor(device: Device = "auto", as_json: AsJson = False) -> None:
     console.print(show.backends(rows))
 
 
-def _sentence(error: HybridzooError | OSError) -> str:
-    if isinstance(error, HybridzooError):
-        return str(error)
-    where = f"{error.filename}: " if error.filename else ""
-    reason = error.strerror or str(error)
-    return f"{where}{reason}. Check the path, its rights and the room on the disk."
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        reason = error.strerror or str(error)
+        return f"{where}{reason}. Check the path, its rights and the room on the disk."
+    if isinstance(error, _UsageError):
+        path = error.ctx.command_path if error.ctx else "hybridzoo"
+        return f"{error.format_message().rstrip('.')}. Try `{path} --help`."
+    return str(error)
 
 
 def _device(name: str) -> torch.device:
@@ -236,15 +238,31 @@ def _use_kernels(text: str) -> None:
     set_backends(parse_backends(text))
 
 
+def _encode(prompt: str, tokenizer: Tokenizer) -> list[int]:
+    # an empty prompt starts where a text of training does
+    start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    ids = tokenizer.encode(prompt) or [start]
+    if ids == [None]:
+        raise ConfigError(
+            "--prompt: empty (''); this model's tokenizer has no token that starts a text. Write a "
+            "word or two to continue."
+        )
+    return ids
+
+
 def _print_text(prompt: str, steps: Iterator[torch.Tensor], tokenizer: Tokenizer) -> None:
     from hybridzoo.tokenizer import Decoder
 
     decoder = Decoder(tokenizer)
-    typer.echo(prompt, nl=False)
+    _print(prompt)
     for step in steps:
-        typer.echo(decoder.push(int(step)), nl=False)
-        sys.stdout.flush()
-    typer.echo(decoder.flush())
+        _print(decoder.push(int(step)))
+    _print(decoder.flush() + "\n")
+
+
+def _print(text: str) -> None:
+    # bytes: whatever the locale, and argv's raw bytes as they came; echo flushes
+    typer.echo(text.encode("utf-8", "surrogateescape"), nl=False)
 
 
 def _run_line(name: str, n_params: int, weight: torch.Tensor) -> str:

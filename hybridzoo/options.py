@@ -64,8 +64,9 @@ def read_file(path: str | Path) -> Any:
     """The plain values of a YAML or JSON file; ConfigError says which line is wrong."""
     path = Path(path)
     if not path.is_file():
+        what = "is a directory" if path.is_dir() else "no such file"
         raise ConfigError(
-            f"{path}: no such file; a config is a .yaml or .json file. "
+            f"{path}: {what}; a config is a .yaml or .json file. "
             "Check the path, or `hybridzoo list`."
         )
     is_json = path.suffix == ".json"

@@ -51,13 +51,7 @@ class ByteTokenizer:
         Raises:
             ConfigError: the text holds a lone surrogate, which UTF-8 cannot write.
         """
-        try:
-            return list(text.encode("utf-8", errors="surrogateescape"))
-        except UnicodeEncodeError as error:
-            raise ConfigError(
-                f"tokenizer: the text holds a lone surrogate (U+{ord(text[error.start]):04X} at "
-                f"character {error.start}); UTF-8 cannot write it. Remove it from the text."
-            ) from error
+        return list(_utf8(text, "surrogateescape"))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids below 256; those above, a padded vocabulary's too, give nothing."""
@@ -85,7 +79,12 @@ class JsonTokenizer:
         self.bos_id = self._special(named.get("bos_token"), _BOS_NAMES)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without those that the file's post-processor would add round it."""
+        """Ids of `text`, without those that the file's post-processor would add round it.
+
+        Raises:
+            ConfigError: the text holds surrogates, or raw bytes that Python keeps as such in argv.
+        """
+        _utf8(text)
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -98,6 +97,16 @@ class JsonTokenizer:
         candidates = names if named is None else (named,)
         ids = (self._backend.token_to_id(name) for name in candidates)
         return next((i for i in ids if i is not None), None)
+
+
+def _utf8(text: str, errors: str = "strict") -> bytes:
+    try:
+        return text.encode("utf-8", errors)
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"tokenizer: the text holds a lone surrogate (U+{ord(text[error.start]):04X} at "
+            f"character {error.start}); UTF-8 cannot write it. Remove it from the text."
+        ) from error
 
 
 def _named_specials(path: Path) -> dict[str, str]:

@@ -96,6 +96,8 @@ class Trainer:
         if recipe.compile:
             for block in self.model.blocks:
                 block.compile()
+        # nothing is written before all that can be refused has been
+        self.root.mkdir(parents=True, exist_ok=True)
         self.log = Log(self.root, console, recipe.steps, self.step)
 
     def run(self, caught: list[int]) -> Path:
@@ -227,8 +229,7 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=is_bf16)
 
     def _find(self, resume: bool) -> tuple[Path, dict[str, Any]] | None:
-        """The checkpoint to go on from and its plain values; the output directory is then ready."""
-        self.root.mkdir(parents=True, exist_ok=True)
+        """The checkpoint to go on from, its plain values; half-written ones are removed."""
         snapshot.remove_halves(self.root)
         if not resume:
             if snapshot.has_any(self.root):

@@ -136,7 +136,7 @@ def load(
         CheckpointError: the directory's files are not a whole checkpoint.
     """
     # looked up first: a name that does not exist is refused before torch is imported
-    directory = _directory(source)
+    directory = find_directory(source)
 
     from hybridzoo.checkpoint import load as load_checkpoint
     from hybridzoo.comm import SINGLE
@@ -161,28 +161,12 @@ def find_config(source: str | Path) -> HybridConfig:
     return read_config(path) if path.is_dir() else HybridConfig.load(path)
 
 
-def load_tokenizer_of(source: str | Path, config: HybridConfig) -> Tokenizer:
-    """The tokenizer that the model `source`, of this config, was trained with.
+def find_directory(source: str | Path) -> Path:
+    """The checkpoint's directory of a zoo name with embedded weights, or of a path.
 
     Raises:
-        ConfigError: the file that the config names is not beside the weights.
+        ConfigError: there is none.
     """
-    if config.tokenizer == "bytes":
-        return load_tokenizer("bytes")
-    return load_tokenizer(_directory(source) / config.tokenizer)
-
-
-def _shipped(folder: str) -> Path:
-    # a wheel holds these folders inside the package, a checkout beside it
-    inside = _PACKAGE / folder
-    return inside if inside.is_dir() else _PACKAGE.parent / folder
-
-
-def _entry(source: str | Path) -> ModelEntry | None:
-    return next((e for e in list_models() if e.name == source), None)
-
-
-def _directory(source: str | Path) -> Path:
     entry = _entry(source)
     if entry is not None:
         if not entry.has_weights:
@@ -197,6 +181,27 @@ def _directory(source: str | Path) -> Path:
         )
         raise ConfigError(f"{path}: is a file; a checkpoint is a directory. {way_out}.")
     return path
+
+
+def load_tokenizer_of(source: str | Path, config: HybridConfig) -> Tokenizer:
+    """The tokenizer that the model `source`, of this config, was trained with.
+
+    Raises:
+        ConfigError: the file that the config names is not beside the weights.
+    """
+    if config.tokenizer == "bytes":
+        return load_tokenizer("bytes")
+    return load_tokenizer(find_directory(source) / config.tokenizer)
+
+
+def _shipped(folder: str) -> Path:
+    # a wheel holds these folders inside the package, a checkout beside it
+    inside = _PACKAGE / folder
+    return inside if inside.is_dir() else _PACKAGE.parent / folder
+
+
+def _entry(source: str | Path) -> ModelEntry | None:
+    return next((e for e in list_models() if e.name == source), None)
 
 
 def _existing(source: str | Path) -> Path:
