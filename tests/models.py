@@ -1,4 +1,4 @@
-"""A small model with every kind, parallel places, shared weights and overrides, and its weights away from their start."""
+"""A small model with every kind, parallel places, shared weights and overrides."""
 
 import torch
 

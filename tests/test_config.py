@@ -1,5 +1,8 @@
 """HybridConfig: text in and out, every mistake in one sentence, exact parameters, FLOPs and state bytes."""
 
+# tables read as rows: one case a line
+# ruff: noqa: E501
+
 import json
 from functools import partial
 

@@ -1,5 +1,8 @@
 """options: values are what their annotations say, or one sentence says why not."""
 
+# tables read as rows: one case a line
+# ruff: noqa: E501
+
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal

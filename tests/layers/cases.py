@@ -1,4 +1,4 @@
-"""Every kind's tiny config and its variants, layers with weights away from their start, and comparisons of states."""
+"""Every kind's tiny config and variants; layers with weights away from their start."""
 
 from dataclasses import replace
 
@@ -13,10 +13,14 @@ VARIANTS = {
     "attention-nope-full": {"rope_fraction": 0.0, "window_size": None, "softmax_scale": None},
     "attention-rope-full": {"rope_fraction": 1.0, "window_size": None},
     "attention-mqa": {"n_kv_heads": 1},
-    "attention-mha": {"n_kv_heads": None, "head_dim": None, "qkv_bias": False, "rope_fraction": 0.5},
+    "attention-mha": {
+        "n_kv_heads": None, "head_dim": None, "qkv_bias": False, "rope_fraction": 0.5,
+    },
     "mamba1-no_norm": {"x_norm": "none"},
     "mamba1-weightless": {"x_norm": "weightless", "conv_bias": False},
-    "mamba1-published": {"in_proj_bias": False, "out_proj_bias": False, "d_inner": None, "dt_rank": None},
+    "mamba1-published": {
+        "in_proj_bias": False, "out_proj_bias": False, "d_inner": None, "dt_rank": None,
+    },
     "mamba2-1_group": {"n_groups": 1},
     "mamba2-4_groups": {"n_groups": 4, "norm": "norm_first"},
     "mamba2-norm_first": {"norm": "norm_first"},
@@ -25,8 +29,8 @@ VARIANTS = {
     "moe-softmax_topk": {"router": "softmax_topk", "n_expert_groups": 1, "top_k_groups": 1},
     "moe-topk_softmax": {"router": "topk_softmax", "renormalize": False, "correction_bias": False},
     "moe-plain": {
-        "n_expert_groups": 1, "top_k_groups": 1, "shared_d_ff": None, "correction_bias": False, "gated": False,
-        "activation": "relu", "z_loss": 0.0,
+        "n_expert_groups": 1, "top_k_groups": 1, "shared_d_ff": None, "correction_bias": False,
+        "gated": False, "activation": "relu", "z_loss": 0.0,
     },
 }  # fmt: skip
 
@@ -43,7 +47,7 @@ MIXERS = [name for name, config in CASES.items() if config.state(D_MODEL, 1, 1)]
 
 
 def full_weights(config, d_model=D_MODEL, dtype=torch.float64):
-    """Every canonical parameter at its start plus noise: no bias zero, no norm one, no two heads alike."""
+    """Every canonical parameter at its start plus noise: no bias zero, no norm one."""
     weights = {}
     for name, p in config.params(d_model).items():
         generator = seeded(7, name)

@@ -1,4 +1,4 @@
-"""The contract of every kind: one forward serves training, prefill, chunks, packs and single steps."""
+"""The contract of every kind: one forward for training, prefill, chunks, packs and steps."""
 
 import copy
 

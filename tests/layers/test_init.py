@@ -1,5 +1,8 @@
 """Initial weights: every parameter's values against the distribution that its paper starts from."""
 
+# tables read as rows: one case a line
+# ruff: noqa: E501
+
 import math
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What the ranks of a tensor-parallel test run, and how their pieces are compared with one rank's."""
+"""What the ranks of a tensor-parallel test run, and how their pieces are joined."""
 
 from dataclasses import dataclass
 
@@ -49,7 +49,7 @@ def joined(table, ranks):
 
 
 def run_layer(parallel, config, weights, x, w):
-    """Forward and backward of one layer as a Block calls it, and a chunk and a step through a state."""
+    """Forward and backward of a layer as a Block calls it; a chunk and a step by state."""
     tp, d_model = parallel.tp, x.shape[-1]
     layer = config.build(d_model, parallel=parallel, dtype=x.dtype)
     table = config.params(d_model)
