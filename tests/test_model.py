@@ -311,7 +311,7 @@ def devices_under(_, default):
 @pytest.mark.parametrize("default", ["meta", "cpu"])
 def test_the_default_device_is_honoured_and_never_draws_weights(default):
     # a process of the pool, for the NaN filling of torch.empty hides it from torch's default device
-    assert gloo.run(2, devices_under, default) == [{default}] * 2
+    assert gloo.run(1, devices_under, default) == [{default}]
 
 
 def test_weights_are_drawn_on_the_cpu_whatever_the_default_device():
@@ -355,12 +355,7 @@ def test_meta_then_init_equals_built_in_place():
     assert all(torch.equal(t, built[k]) for k, t in late.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    ("pattern", "dynamic"),
-    [("[MA]E", False), pytest.param("[MA]NFSE", None, marks=pytest.mark.slow)],
-    ids=["short", "long"],
-)
-def test_a_whole_stack_compiles_to_one_graph(pattern, dynamic):
+def compile_stack(_, pattern, dynamic):
     # 5 tokens: tracing unrolls the scans
     model, ids = make_model(make_config(pattern=pattern, layers_at={})), randint(2, 5)
     mask = torch.ones(2, 5)
@@ -377,3 +372,16 @@ def test_a_whole_stack_compiles_to_one_graph(pattern, dynamic):
         state, expected = model.init_state(2, 5), model.init_state(2, 5)
         for part in ids.split([3, 1, 1], 1):
             assert_close(compiled(part, state=state), model(part, state=expected))
+    return len(got)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "dynamic"),
+    [("[MA]E", False), pytest.param("[MA]NFSE", None, marks=pytest.mark.slow)],
+    ids=["short", "long"],
+)
+def test_a_whole_stack_compiles_to_one_graph(pattern, dynamic, monkeypatch):
+    # a process of the pool: the compiler cannot trace the NaN filling of torch.empty
+    monkeypatch.setattr(gloo, "TIMEOUT_S", 300)
+    (n_gradients,) = gloo.run(1, compile_stack, pattern, dynamic)
+    assert n_gradients > 10
