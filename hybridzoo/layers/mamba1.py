@@ -14,6 +14,7 @@ from hybridzoo.kernels.causal_conv1d import causal_conv1d
 from hybridzoo.kernels.selective_scan import selective_scan
 from hybridzoo.layers import init
 from hybridzoo.layers.base import Layer, LayerConfig, Param, Sequence, State, StateTensor
+from hybridzoo.layers.mlp import ACTIVATIONS, Activation
 from hybridzoo.layers.norm import RMSNorm
 from hybridzoo.sharding import Part, Split
 
@@ -31,6 +32,7 @@ class Mamba1Config(LayerConfig):
         conv_bias: bias of the convolution.
         in_proj_bias: bias of in_proj.
         out_proj_bias: bias of out_proj.
+        activation: of the convolved x and of the gate.
         x_norm: RMSNorm on dt, B and C: none (Mamba), learned weights (Jamba), no weights
             (FalconMamba).
         norm_eps: eps of those norms.
@@ -49,6 +51,7 @@ class Mamba1Config(LayerConfig):
     conv_bias: bool = True
     in_proj_bias: bool = False
     out_proj_bias: bool = False
+    activation: Activation = "silu"
     x_norm: Literal["none", "learned", "weightless"] = "none"
     norm_eps: float = field(default=1e-5, metadata={"min": 0})
     dt_limit: tuple[float, float] = field(default=(0.0, math.inf), metadata={"max": math.inf})
@@ -168,25 +171,28 @@ class Mamba1(Layer):
     def forward(self, x: Tensor, state: State | None, ctx: Sequence) -> Tensor:
         """(b, l, d) -> this rank's share of (b, l, d)."""
         x, z = self.project("in_proj", x, {})  # (b, l, i)
+        # the ops fuse silu, which all published models but a few use
+        fused = "silu" if self.config.activation == "silu" else None
+        act = ACTIVATIONS[self.config.activation]
         # blank before the convolution, which reads neighbours, and after it, whose bias would
         # refill padding.
         x, conv_state = causal_conv1d(
-            ctx.blank_padding(x), self.conv_weight, self.conv_bias, activation="silu",
+            ctx.blank_padding(x), self.conv_weight, self.conv_bias, activation=fused,
             cu_seqlens=ctx.cu_seqlens,
             initial_state=state.get("conv_state", ctx) if state else None,
         )  # fmt: skip
-        x = ctx.blank_padding(x)
+        x = ctx.blank_padding(x if fused else act(x))
         dt, B, C = self._select(x)
         y, ssm_state = selective_scan(
-            x, self.dt_proj(dt), -self.A_log.exp(), B[:, :, None], C[:, :, None], D=self.D, z=z,
-            dt_bias=self.dt_bias, dt_softplus=True, dt_limit=self.config.dt_limit,
-            cu_seqlens=ctx.cu_seqlens,
+            x, self.dt_proj(dt), -self.A_log.exp(), B[:, :, None], C[:, :, None], D=self.D,
+            z=z if fused else None, dt_bias=self.dt_bias, dt_softplus=True,
+            dt_limit=self.config.dt_limit, cu_seqlens=ctx.cu_seqlens,
             initial_state=state.get("ssm_state", ctx) if state else None,
         )  # fmt: skip
         if state:
             state.set("conv_state", conv_state, ctx)
             state.set("ssm_state", ssm_state, ctx)
-        return self.out_proj(y)
+        return self.out_proj(y if fused else y * act(z))
 
     def _select(self, x: Tensor) -> tuple[Tensor, ...]:
         # dt, B and C depend on every channel: the ranks' shares are summed before the norms, which

@@ -17,7 +17,7 @@ VARIANTS = {
         "n_kv_heads": None, "head_dim": None, "qkv_bias": False, "rope_fraction": 0.5,
     },
     "mamba1-no_norm": {"x_norm": "none"},
-    "mamba1-weightless": {"x_norm": "weightless", "conv_bias": False},
+    "mamba1-weightless": {"x_norm": "weightless", "conv_bias": False, "activation": "gelu"},
     "mamba1-published": {
         "in_proj_bias": False, "out_proj_bias": False, "d_inner": None, "dt_rank": None,
     },

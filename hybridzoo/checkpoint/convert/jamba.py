@@ -104,6 +104,7 @@ def _legend(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         "expand": options["mamba_expand"],
         "dt_rank": None if rank == "auto" else rank,
         "out_proj_bias": options["mamba_proj_bias"],
+        "activation": options["hidden_act"],
         "x_norm": "learned" if options["mamba_inner_layernorms"] else "none",
         "norm_eps": options["rms_norm_eps"],
     }
@@ -183,11 +184,6 @@ def _pairs(options: Mapping[str, Any]) -> list[str]:
                 f"{key} ({options[key]!r}) disagrees with attn_layer_period and attn_layer_offset; "
                 "both say which layers are attention. Mend config.json."
             )
-    if any(p[0] == "M" for p in pairs) and options["hidden_act"] != "silu":
-        raise CheckpointError(
-            f"hidden_act is {options['hidden_act']}; Mamba layers of Jamba would use it too, and "
-            "mamba1 has silu only. Use a checkpoint with silu."
-        )
     return pairs
 
 
