@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -132,9 +133,11 @@ def generate(
         stop=lm.config.eos_token_id,
         seed=seed,
     )
+    # before a word is printed: what a backend refuses, it refuses at the first step
+    first = next(steps)
     if not quiet:
         typer.echo(_run_line(lm.config.name, lm.config.n_params(), lm.embed.weight), err=True)
-    _print_text(prompt, steps, tokenizer)
+    _print_text(prompt, chain([first], steps), tokenizer)
 
 
 @app.command()

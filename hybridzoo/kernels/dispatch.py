@@ -148,7 +148,7 @@ def parse_backends(text: str, where: str = "--kernels") -> dict[str, str]:
     for part in filter(None, (p.strip() for p in text.split(","))):
         name, equals, backend = part.partition("=")
         if not (name and equals and backend):
-            raise BackendError(f"{where}: {part!r} is not op=backend, as in ssd=reference.")
+            raise BackendError(f"{where}: {part!r} is not op=backend; write ssd=reference.")
         found[name.strip()] = backend.strip()
     return found
 

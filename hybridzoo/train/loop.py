@@ -235,7 +235,7 @@ class Trainer:
             if snapshot.has_any(self.root):
                 raise ConfigError(
                     f"output: {self.root} already holds checkpoints; a new run needs a directory "
-                    "of its own. Resume, or choose another."
+                    "of its own. Go on with --resume, or choose another."
                 )
             return None
         found = snapshot.newest(self.root, self.notice)

@@ -251,7 +251,7 @@ def test_a_new_run_refuses_a_directory_that_holds_one(tmp_path):
     train(recipe, console=runs.quiet())
     assert refusal(recipe) == (
         f"output: {tmp_path / 'run'} already holds checkpoints; a new run needs a directory of "
-        "its own. Resume, or choose another."
+        "its own. Go on with --resume, or choose another."
     )
 
 
