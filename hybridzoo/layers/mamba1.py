@@ -32,7 +32,7 @@ class Mamba1Config(LayerConfig):
         conv_bias: bias of the convolution.
         in_proj_bias: bias of in_proj.
         out_proj_bias: bias of out_proj.
-        activation: of the convolved x and of the gate.
+        activation: of the convolved x; the gate is silu in all families, as in Mamba's kernel.
         x_norm: RMSNorm on dt, B and C: none (Mamba), learned weights (Jamba), no weights
             (FalconMamba).
         norm_eps: eps of those norms.
@@ -171,9 +171,8 @@ class Mamba1(Layer):
     def forward(self, x: Tensor, state: State | None, ctx: Sequence) -> Tensor:
         """(b, l, d) -> this rank's share of (b, l, d)."""
         x, z = self.project("in_proj", x, {})  # (b, l, i)
-        # the ops fuse silu, which all published models but a few use
+        # the op fuses silu, which every released model uses
         fused = "silu" if self.config.activation == "silu" else None
-        act = ACTIVATIONS[self.config.activation]
         # blank before the convolution, which reads neighbours, and after it, whose bias would
         # refill padding.
         x, conv_state = causal_conv1d(
@@ -181,18 +180,18 @@ class Mamba1(Layer):
             cu_seqlens=ctx.cu_seqlens,
             initial_state=state.get("conv_state", ctx) if state else None,
         )  # fmt: skip
-        x = ctx.blank_padding(x if fused else act(x))
+        x = ctx.blank_padding(x if fused else ACTIVATIONS[self.config.activation](x))
         dt, B, C = self._select(x)
         y, ssm_state = selective_scan(
             x, self.dt_proj(dt), -self.A_log.exp(), B[:, :, None], C[:, :, None], D=self.D,
-            z=z if fused else None, dt_bias=self.dt_bias, dt_softplus=True,
+            z=z, dt_bias=self.dt_bias, dt_softplus=True,
             dt_limit=self.config.dt_limit, cu_seqlens=ctx.cu_seqlens,
             initial_state=state.get("ssm_state", ctx) if state else None,
         )  # fmt: skip
         if state:
             state.set("conv_state", conv_state, ctx)
             state.set("ssm_state", ssm_state, ctx)
-        return self.out_proj(y if fused else y * act(z))
+        return self.out_proj(y)
 
     def _select(self, x: Tensor) -> tuple[Tensor, ...]:
         # dt, B and C depend on every channel: the ranks' shares are summed before the norms, which
