@@ -158,7 +158,7 @@ class MoE(Layer):
             weights, chosen, scores = self._route(logits)
         if ctx.aux is not None:
             ctx.aux.append(self._balance(logits, scores, chosen, ctx))
-        y = self._experts(tokens, weights.to(x.dtype), chosen)
+        y = self._experts(tokens, weights, chosen)
         if self.config.shared_d_ff:
             hidden = activate(
                 self.shared_up_proj(tokens), self.config.activation, self.config.gated
@@ -214,18 +214,20 @@ class MoE(Layer):
         expert, order = chosen.flatten().sort(stable=True)
         every = torch.arange(self.config.n_experts, device=tokens.device)
         offsets = torch.searchsorted(expert, every, right=True).to(torch.int32)
-        up = grouped_mm(tokens[order // self.config.top_k], self.expert_up_weight, offsets)
-        y = grouped_mm(
-            activate(up, self.config.activation, self.config.gated),
-            self.expert_down_weight,
-            offsets,
-        )
+        # autocast knows torch's own products only; without this the experts alone would stay fp32.
+        is_cast, device = torch.is_autocast_enabled(tokens.device.type), tokens.device.type
+        dtype = torch.get_autocast_dtype(device) if is_cast else tokens.dtype
+        up_weight, down_weight = self.expert_up_weight.to(dtype), self.expert_down_weight.to(dtype)
+        up = grouped_mm(tokens[order // self.config.top_k].to(dtype), up_weight, offsets)
+        hidden = activate(up, self.config.activation, self.config.gated)
+        y = grouped_mm(hidden.to(dtype), down_weight, offsets)
         # back through the inverse permutation and a sum over k: deterministic, unlike index_add on
         # a GPU.
         back = torch.empty_like(order).scatter_(
             0, order, torch.arange(len(order), device=order.device)
         )
-        return (y[back].unflatten(0, (-1, self.config.top_k)) * weights[..., None]).sum(1)
+        picked = y[back].unflatten(0, (-1, self.config.top_k))
+        return (picked * weights[..., None].to(dtype)).sum(1)
 
     def _balance(self, logits: Tensor, scores: Tensor, chosen: Tensor, ctx: Sequence) -> Tensor:
         real = None if ctx.pad_mask is None else ctx.pad_mask.flatten().to(scores.dtype)

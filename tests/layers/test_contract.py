@@ -441,3 +441,13 @@ def test_states_are_named_tensors_of_fixed_shape():
         state.set("a", torch.ones(1, 2), Sequence(slots=torch.tensor([1])))
     assert state.get("a", PLAIN).tolist() == [[0, 0], [1, 1], [0, 0]]
     assert state.get("a", Sequence(slots=torch.tensor([1, 1]))).tolist() == [[1, 1], [1, 1]]
+
+
+def test_experts_follow_autocast():
+    layer, x = make_layer("moe"), randn(2, 7, D_MODEL)
+    layer, x = layer.float(), x.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x, None, PLAIN)
+    assert y.dtype == torch.bfloat16
+    # bf16 keeps 8 bits; the products of a few dozen terms lose one or two more
+    torch.testing.assert_close(y.float(), layer(x, None, PLAIN), rtol=3e-2, atol=3e-2)
