@@ -18,7 +18,7 @@ import torch
 from hybridzoo.errors import ConfigError
 from hybridzoo.layers import LayerConfig, Param, kind_config
 from hybridzoo.layers.init import constant, normal
-from hybridzoo.options import check_fields, read_file, read_options
+from hybridzoo.options import check_fields, read_file, read_options, shown
 from hybridzoo.pattern import Pattern
 
 MAX_PARAMS = 10**13
@@ -259,7 +259,7 @@ def _layer(where: str, entry: Any) -> LayerConfig:
     if isinstance(entry, LayerConfig):
         return entry
     if not isinstance(entry, Mapping):
-        what = f"expected a kind and its hyperparameters ({entry!r})"
+        what = f"expected a kind and its hyperparameters ({shown(entry)})"
         raise ConfigError(f"{where}: {what}; write {{kind: mamba2, ...}}.")
     cls = kind_config(where, entry.get("kind"))
     return cls.from_dict(where, {k: v for k, v in entry.items() if k != "kind"})
@@ -286,7 +286,7 @@ def _legend_entry(where: str, entry: Any) -> LayerConfig | Shared:
 
 def _mapping(where: str, change: Any) -> dict[str, Any]:
     if not isinstance(change, Mapping):
-        what = f"expected hyperparameters ({change!r})"
+        what = f"expected hyperparameters ({shown(change)})"
         raise ConfigError(f"{where}: {what}; write a mapping of key: value.")
     return dict(change)
 

@@ -6,6 +6,7 @@ import difflib
 import json
 import math
 import re
+import reprlib
 import sys
 import types
 import typing
@@ -19,6 +20,8 @@ import yaml
 from hybridzoo.errors import ConfigError
 
 T = TypeVar("T")
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxstring, _SHORT.maxother = 2, 4, 80, 80
 NO_LIMITS: Mapping[str, Any] = types.MappingProxyType({})
 
 
@@ -38,7 +41,8 @@ def read_options(cls: type[T], where: str, options: Any, *, of: str) -> T:
     dot = f"{where}." if where else ""
     if not isinstance(options, Mapping):
         raise ConfigError(
-            f"{where or of}: expected keys of {of} ({options!r}); write a mapping of key: value."
+            f"{where or of}: expected keys of {of} ({shown(options)}); write a mapping of "
+            "key: value."
         )
     legal = {f.name: f for f in fields(cls) if f.init}  # type: ignore[arg-type]
     for key in options:
@@ -105,6 +109,11 @@ def check_fields(where: str, instance: Any) -> None:
         checked(f"{where}.{f.name}", getattr(instance, f.name), hints[f.name], f.metadata)
 
 
+def shown(value: Any) -> str:
+    """`value` as a message shows it: short, even where a file holds a book, or aliases of it."""
+    return _SHORT.repr(value)
+
+
 def suggest(word: str, known: typing.Iterable[str]) -> str:
     """'did you mean ...? ' when a known word is near, else nothing."""
     near = difflib.get_close_matches(word, list(known), 1, 0.5)
@@ -135,7 +144,7 @@ def checked(where: str, value: Any, hint: Any, limits: Mapping[str, Any] = NO_LI
             return value
         legal = ", ".join(map(str, args))
         raise ConfigError(
-            f"{where}: unknown choice ({value!r}); {suggest(str(value), map(str, args))}"
+            f"{where}: unknown choice ({shown(value)}); {suggest(shown(value), map(str, args))}"
             f"use one of: {legal}."
         )
     elif origin is tuple:
@@ -148,7 +157,7 @@ def checked(where: str, value: Any, hint: Any, limits: Mapping[str, Any] = NO_LI
     elif _is_of(value, hint):
         return _within(where, value, hint, limits) if hint in (int, float) else value
     raise ConfigError(
-        f"{where}: wrong type ({value!r}); expected {_describe(hint)}. Change the value."
+        f"{where}: wrong type ({shown(value)}); expected {_describe(hint)}. Change the value."
     )
 
 

@@ -104,8 +104,9 @@ def _utf8(text: str, errors: str = "strict") -> bytes:
         return text.encode("utf-8", errors)
     except UnicodeEncodeError as error:
         raise ConfigError(
-            f"tokenizer: the text holds a lone surrogate (U+{ord(text[error.start]):04X} at "
-            f"character {error.start}); UTF-8 cannot write it. Remove it from the text."
+            "tokenizer: the text holds a raw byte or a lone surrogate "
+            f"(U+{ord(text[error.start]):04X} at character {error.start}); UTF-8 has no such "
+            "character. Remove it from the text."
         ) from error
 
 

@@ -210,6 +210,18 @@ def config_is_binary():
     return ["info", "model.yaml"]
 
 
+@case(r"layers_at\.0\.d_state: wrong type \(\[\[.*\.\.\.\]\); expected a whole number")
+def aliases_that_unfold_to_billions():
+    lists = ["&a0 [x]", *(f"&a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12))]
+    return info_text(f"{yaml.safe_dump(MODEL)}layers_at:\n  0: {{d_state: [{', '.join(lists)}]}}\n")
+
+
+@case(r"text.txt: a model config: expected keys of a model config \(\"All the .{60,80}\"\);")
+def text_instead_of_config():
+    Path("text.txt").write_text(TEXT)
+    return ["info", "text.txt"]
+
+
 # names and paths
 
 
@@ -313,7 +325,7 @@ def lfs_pointer():
     return weights(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
 
 
-@case(r"dir/model\.safetensors: .*a pickle.*--from-pickle")
+@case(r"dir/model\.safetensors: a pickle; .*Name it pytorch_model\.bin, .*--from-pickle")
 def renamed_pickle():
     return weights(pickle.dumps({"embed.weight": [1.0]}))
 
@@ -380,7 +392,7 @@ def empty_prompt_without_a_start():
     return [*words(["a", "b"]), "--prompt", ""]
 
 
-@case(r"tokenizer: the text holds a lone surrogate \(U\+DCFF at character 1\)")
+@case(r"tokenizer: the text holds a raw byte or a lone surrogate \(U\+DCFF at character 1\)")
 def raw_bytes_for_a_tokenizer_of_text():
     return [*words(["a", "b"]), "--prompt", "a\udcff"]
 
@@ -473,7 +485,7 @@ def unknown_command():
 # convert
 
 
-@case(r"unknown.*\('lamba'\); did you mean jamba\?.*known: .*jamba")
+@case(r"layout: unknown \('lamba'\); did you mean jamba\? known: native, jamba\.")
 def unknown_layout():
     saved()
     return ["convert", "dir", "out", "--layout", "lamba"]
@@ -533,7 +545,7 @@ def data_empty():
     return train(text="")
 
 
-@case(r"data: .*\d+ tokens; .*seq_len \+ 1 \(17\)\. Lower seq_len, or add text")
+@case(r"data: text\.txt, split 'train', has 7 tokens; .*seq_len \+ 1 \(17\)\. Lower seq_len")
 def data_shorter_than_a_window():
     return train(text="brief")
 

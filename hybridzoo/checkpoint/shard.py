@@ -32,6 +32,7 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000
 
+_UNPICKLE = "Name it pytorch_model.bin, then rewrite it with `hybridzoo convert --from-pickle`."
 # what a file that is not safetensors begins with -> what it is and the way out.
 _DISGUISES = {
     b"version https://git-lfs": (
@@ -42,10 +43,10 @@ _DISGUISES = {
     b"<html": ("a web page, not weights", "Download the file itself."),
     b"pk\x03\x04": (
         "a zip file (a PyTorch pickle)",
-        "Rewrite it once with `hybridzoo convert --from-pickle`.",
+        _UNPICKLE,
     ),
-    b"\x80\x02": ("a pickle", "Rewrite it once with `hybridzoo convert --from-pickle`."),
-    b"\x80\x04": ("a pickle", "Rewrite it once with `hybridzoo convert --from-pickle`."),
+    b"\x80\x02": ("a pickle", _UNPICKLE),
+    b"\x80\x04": ("a pickle", _UNPICKLE),
 }
 
 

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hybridzoo.checkpoint.convert import MODEL_TYPE, family
+from hybridzoo.checkpoint.convert import CONVERTERS, MODEL_TYPE, family
 from hybridzoo.checkpoint.convert.base import Family, differences, published_config
 from hybridzoo.checkpoint.io import INDEX_FILE, Layout, plan, write
 from hybridzoo.checkpoint.layout import Blocks, unfused, whole
@@ -20,6 +20,7 @@ from hybridzoo.checkpoint.shard import DTYPE_NAMES, DTYPES, Spec
 from hybridzoo.config import HybridConfig
 from hybridzoo.errors import CheckpointError
 from hybridzoo.layers import Param
+from hybridzoo.options import suggest
 
 NATIVE = "native"
 
@@ -54,6 +55,12 @@ class Store:
         self, directory: str | Path, layout: str, dtype: torch.dtype | None, max_shard_bytes: int
     ) -> None:
         self.directory, self.dtype, self.max_shard_bytes = directory, dtype, max_shard_bytes
+        if layout not in (NATIVE, *CONVERTERS):
+            known = [NATIVE, *CONVERTERS]
+            raise CheckpointError(
+                f"layout: unknown ({layout!r}); {suggest(layout, known)}known: {', '.join(known)}. "
+                "Use one of them."
+            )
         self.family = None if layout == NATIVE else family(layout)
         if dtype is not None and not dtype.is_floating_point:
             raise CheckpointError(

@@ -271,8 +271,8 @@ def _generators(
     seeds = [_row_seed(seed, i) for i in range(batch)] if isinstance(seed, int) else list(seed)
     if len(seeds) != batch or not all(0 <= s < 2**63 for s in seeds):
         raise ConfigError(
-            f"generate: seed is {_short(seeds)} for {batch} rows; it is one number for all or one "
-            "a row, each from 0 to 2**63 - 1. Choose others."
+            f"generate: seed is {_short(seeds)}; it is one number, or one for each row ({batch}), "
+            "from 0 to 2**63 - 1. Choose others."
         )
     return [torch.Generator(device).manual_seed(s) for s in seeds]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from pathlib import Path
 from typing import Literal, NotRequired, TypeAlias, TypedDict
 
 import numpy as np
@@ -79,9 +80,10 @@ class PackedData:
         self._data = self.documents(split)
         lengths = self._data.ends - self._data.starts
         if lengths.sum() <= seq_len:
+            name = source if isinstance(source, str | Path) else "documents"
             raise ConfigError(
-                f"data: the split {split!r} has {lengths.sum()} tokens; a window and its labels "
-                f"need seq_len + 1 ({seq_len + 1}). Lower seq_len, or add text."
+                f"data: {name}, split {split!r}, has {lengths.sum()} tokens; a window and its "
+                f"labels need seq_len + 1 ({seq_len + 1}). Lower seq_len, or add text."
             )
         # where a window may start, numbered through all documents; document i has the numbers
         # from _first[i] to _first[i + 1]

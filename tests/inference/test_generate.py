@@ -298,8 +298,8 @@ MISTAKES = {
     "top_k": ({"top_k": 0}, "top_k cannot be 0"),
     "stop id": ({"stop": 97}, r"stop holds \[97\].*from 0 to 96"),
     "empty stop": ({"stop": [[3], []]}, r"stop holds \[\]"),
-    "seeds": ({"seed": [1, 2]}, "seed is 1, 2 for 1 rows"),
-    "seed": ({"seed": -1}, "seed is -1 for 1 rows"),
+    "seeds": ({"seed": [1, 2]}, r"seed is 1, 2; .*each row \(1\)"),
+    "seed": ({"seed": -1}, "seed is -1; "),
 }  # fmt: skip
 
 
