@@ -111,6 +111,13 @@ def test_transformer_of_a_model_without_attention_has_heads_of_a_usual_width():
     assert found["state_bytes"][K] == found["state_bytes"][M]
 
 
+def test_parallel_place_mixes_if_one_of_its_branches_does():
+    assert (
+        "in all 2 sequence-mixing places"
+        in facts(config(pattern="[MF]AF", layers_at={}))["transformer"]
+    )
+
+
 def test_model_without_a_mixer_has_no_state():
     layers = {"F": OPTIONS["layers"]["F"]}
     found = facts(config(pattern="2F", layers=layers, layers_at={}, shared={}))
