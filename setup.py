@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 # carries them inside the package, where hybridzoo finds them once it is installed
 MAPPED = {
     "configs": ["*.yaml", "train/*.yaml"],
-    "model_cards": ["*.md"],
+    "model_cards": ["*.md", "*.png"],
     "csrc": ["**/*.cu", "**/*.cuh"],
 }
 
