@@ -11,7 +11,7 @@ from hybridzoo.checkpoint.convert import MODEL_TYPE, family
 from hybridzoo.checkpoint.convert.base import Family, open_family
 from hybridzoo.checkpoint.layout import Gathered, Source, gather, load_into, whole
 from hybridzoo.checkpoint.pickled import PickleReader
-from hybridzoo.checkpoint.reader import Reader, read_json, resolve
+from hybridzoo.checkpoint.reader import Reader, read_json, resolve, undisturbed
 from hybridzoo.checkpoint.shard import DTYPES
 from hybridzoo.checkpoint.store import NATIVE, Store
 from hybridzoo.comm import SINGLE, Parallel
@@ -162,6 +162,10 @@ def convert(
 def open_source(directory: str | Path, *, from_pickle: bool = False) -> Source:
     """Check config.json and the files' headers against each other; no weights are read."""
     directory = Path(directory)
+    return undisturbed(directory, lambda: _open_source(directory, from_pickle))
+
+
+def _open_source(directory: Path, from_pickle: bool) -> Source:
     config, known = _read_config(directory)
     reader = PickleReader(directory) if from_pickle else Reader(directory)
     if known is None:
@@ -171,7 +175,8 @@ def open_source(directory: str | Path, *, from_pickle: bool = False) -> Source:
 
 def read_config(directory: str | Path) -> HybridConfig:
     """The architecture in a native or published directory's config.json."""
-    return _read_config(Path(directory))[0]
+    directory = Path(directory)
+    return undisturbed(directory, lambda: _read_config(directory))[0]
 
 
 def _read_config(directory: Path) -> tuple[HybridConfig, Family | None]:

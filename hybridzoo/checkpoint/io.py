@@ -114,27 +114,37 @@ def write(
             )
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with _locked(directory):
+        with locked(directory, "saving to"):
             _finish(directory)
-            staging = directory / _STAGING
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir()
-            for name, shard in layout.files.items():
-                _write_shard(staging / name, shard, fetch)
-            if layout.index is not None:
-                texts = {INDEX_FILE: layout.index_text().encode(), **texts}
-            for name, content in texts.items():
-                with _synced(staging / name) as file:
-                    file.write(content)
-            _sync_directory(staging)
-            os.rename(staging, directory / COMMITTED)
-            _sync_directory(directory)
+            _stage(directory / _STAGING, layout, fetch, texts)
+            os.rename(directory / _STAGING, directory / COMMITTED)
+            sync(directory)
             _finish(directory)
     except OSError as error:
         raise CheckpointError(
             f"{directory}: cannot be written ({error.strerror or error}); the checkpoint there "
             "before, if any, is whole. Free space, or save elsewhere."
         ) from error
+
+
+def _stage(
+    staging: Path, layout: Layout, fetch: Callable[[str], Tensor], texts: Mapping[str, bytes]
+) -> None:
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    if layout.index is not None:
+        texts = {INDEX_FILE: layout.index_text().encode(), **texts}
+    try:
+        for name, shard in layout.files.items():
+            _write_shard(staging / name, shard, fetch)
+        for name, content in texts.items():
+            with _synced(staging / name) as file:
+                file.write(content)
+        sync(staging)
+    except (OSError, CheckpointError):
+        # half a checkpoint must not be what fills the disk
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
 
 
 def _finish(directory: Path) -> None:
@@ -153,10 +163,10 @@ def _finish(directory: Path) -> None:
                 path.unlink()
         for name in sorted(names - {entry}):
             os.replace(committed / name, directory / name)
-        _sync_directory(directory)
+        sync(directory)
         os.replace(committed / entry, directory / entry)
     committed.rmdir()
-    _sync_directory(directory)
+    sync(directory)
 
 
 def _write_shard(path: Path, shard: Shard, fetch: Callable[[str], Tensor]) -> None:
@@ -182,7 +192,8 @@ def _synced(path: Path) -> Iterator[Any]:
         os.fsync(file.fileno())
 
 
-def _sync_directory(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file's or directory's content is on the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -191,16 +202,20 @@ def _sync_directory(path: Path) -> None:
 
 
 @contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Hold the directory for one saver; the lock ends with the process, however it ends."""
+def locked(directory: Path, doing: str) -> Iterator[None]:
+    """Hold a directory for one process; the lock ends with the process, however it ends.
+
+    Raises:
+        CheckpointError: another one is `doing` ("saving to") it.
+    """
     fd = os.open(directory, os.O_RDONLY)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CheckpointError(
-                f"{directory}: another process is saving to it; one may at a time. Wait, or save "
-                "elsewhere."
+                f"{directory}: another process is {doing} it; one may at a time. Wait for its end, "
+                "or choose another directory."
             ) from None
         yield
     finally:

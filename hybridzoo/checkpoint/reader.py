@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -14,6 +17,9 @@ from hybridzoo.checkpoint.shard import open_shard
 from hybridzoo.errors import CheckpointError
 
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")
+_ATTEMPTS = 100
+
+T = TypeVar("T")
 
 
 class Reader:
@@ -22,7 +28,6 @@ class Reader:
     Attributes:
         directory: where the files are.
         layout: which tensors stand in which files, as found.
-        specs: dtype and shape of every tensor, from the headers.
         specs: dtype and shape of every tensor, from the headers.
 
     Raises:
@@ -36,7 +41,7 @@ class Reader:
         if entry == SINGLE_FILE:
             self.layout = Layout({SINGLE_FILE: open_shard(self._existing(SINGLE_FILE))})
         else:
-            index = self.read_json(INDEX_FILE)
+            index = read_json(resolve(self.directory, INDEX_FILE))
             weight_map = self._weight_map(index)
             files = dict.fromkeys(weight_map.values())
             shards = {name: open_shard(self._existing(name)) for name in sorted(files)}
@@ -58,11 +63,6 @@ class Reader:
     def get(self, name: str) -> Tensor:
         """The tensor in memory of its own."""
         return self.view(name).clone()
-
-    def read_json(self, name: str) -> dict[str, Any]:
-        """A JSON object beside the weights."""
-        path = resolve(self.directory, name)
-        return read_json(path)
 
     def _entry(self) -> str:
         for place in (self.directory / COMMITTED, self.directory):
@@ -134,6 +134,40 @@ class Reader:
                     f"{weight_map.get(name, 'no file')} but is in {seen.get(name, 'none')}; index "
                     "and shards must agree. Download them again."
                 )
+
+
+def undisturbed(directory: Path, read: Callable[[], T]) -> T:
+    """What `read` finds when no save moves a file meanwhile: all of one checkpoint.
+
+    A reader takes no lock, so that a read-only directory can be read and no reader delays a save.
+    """
+    for _ in range(_ATTEMPTS):
+        before = _files(directory)
+        try:
+            found = read()
+        except (OSError, CheckpointError):
+            if _files(directory) == before:
+                raise
+        else:
+            if _files(directory) == before:
+                return found
+    raise CheckpointError(
+        f"{directory}: its files changed in each of {_ATTEMPTS} attempts to read them; a "
+        "checkpoint is read between two saves. Try again."
+    )
+
+
+def _files(directory: Path) -> set[tuple[str, int, int]]:
+    """Path, inode and time of every file there: a save changes some of them."""
+    found = set()
+    for place in (directory / COMMITTED, directory):
+        # a save that ends takes COMMITTED away
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(place) as entries:
+            for entry in entries:
+                if not entry.is_dir():
+                    status = entry.stat(follow_symlinks=False)
+                    found.add((entry.path, status.st_ino, status.st_mtime_ns))
+    return found
 
 
 def resolve(directory: Path, name: str) -> Path:

@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from hybridzoo.checkpoint.io import locked
 from hybridzoo.errors import ConfigError
 from hybridzoo.train import optim, snapshot
 from hybridzoo.train.data import IGNORE, Batch
@@ -46,12 +47,20 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
 
     Raises:
         ConfigError: the recipe cannot work, changed since the checkpoint, or diverged.
-        CheckpointError: no checkpoint is intact.
+        CheckpointError: no checkpoint is intact, one cannot be written, or another process trains
+            into the directory.
         SystemExit: 130 after SIGINT, once the step is finished and saved.
     """
     console = console or Console(stderr=True)
-    with torch.random.fork_rng(devices=_cuda_devices()):
+    root = Path(recipe.output)
+    with ExitStack() as held, torch.random.fork_rng(devices=_cuda_devices()):
+        # before anything in it is read or cleared; a new one is there once nothing was refused
+        is_new = not root.is_dir()
+        if not is_new:
+            held.enter_context(locked(root, "training into"))
         trainer = Trainer(recipe, resume, console)
+        if is_new:
+            held.enter_context(locked(root, "training into"))
         with interruptible() as caught:
             last = trainer.run(caught)
     if caught:

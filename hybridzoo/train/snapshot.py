@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hybridzoo.checkpoint.io import sync
 from hybridzoo.errors import CheckpointError
 
 _NAME = re.compile(r"step-(\d{8,})")
@@ -40,20 +41,30 @@ def write(
         tensors: safetensors files beside the weights, by stem.
         info: plain values; trainer.json holds them and the digest of every file.
         keep_last: checkpoints kept, this one included.
+
+    Raises:
+        CheckpointError: it cannot be written; nothing of it is left.
     """
     final = root / name_of(step)
     half = root / f"{_HALF}{final.name}"
     _remove(half)
-    save_model(half)
-    for stem, mapping in tensors.items():
-        save_file({k: t.contiguous() for k, t in mapping.items()}, half / f"{stem}.safetensors")
-    files = {path.name: _digest(path) for path in sorted(half.iterdir())}
-    # last: a directory without it is not a checkpoint
-    text = json.dumps({**info, "step": step, "files": files}, indent=1)
-    (half / _INFO).write_text(text, encoding="utf-8")
-    for path in half.iterdir():
-        sync(path)
-    sync(half)
+    try:
+        save_model(half)
+        for stem, mapping in tensors.items():
+            save_file({k: t.contiguous() for k, t in mapping.items()}, half / f"{stem}.safetensors")
+        files = {path.name: _digest(path) for path in sorted(half.iterdir())}
+        # last: a directory without it is not a checkpoint
+        text = json.dumps({**info, "step": step, "files": files}, indent=1)
+        (half / _INFO).write_text(text, encoding="utf-8")
+        for path in half.iterdir():
+            sync(path)
+        sync(half)
+    except (OSError, SafetensorError, CheckpointError) as error:
+        shutil.rmtree(half, ignore_errors=True)
+        raise CheckpointError(
+            f"{final}: cannot be written ({error.__cause__ or error}); the checkpoints before it "
+            "are whole. Free space, then go on with --resume."
+        ) from error
     _remove(final)
     half.rename(final)
     replace_text(root / _POINTER, final.name + "\n")
@@ -149,15 +160,6 @@ def replace_text(path: Path, text: str) -> None:
     sync(half)
     half.replace(path)
     sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's or directory's content is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _directories(root: Path) -> list[Path]:

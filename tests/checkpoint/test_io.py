@@ -359,6 +359,7 @@ def test_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"No space left on device.*there before.*whole"):
         store(tmp_path, 2)
     assert_holds(tmp_path, 1)
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", SINGLE_FILE}
 
 
 def test_second_saver_is_refused(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hybridzoo.checkpoint import convert, gather, load, open_source, read_config, save
+from hybridzoo.checkpoint import convert, gather, load, open_source, read_config, reader, save
 from hybridzoo.checkpoint.convert.base import compact
 from hybridzoo.config import HybridConfig
 from hybridzoo.errors import CheckpointError
@@ -94,6 +94,39 @@ def test_dtype_casts_all_but_the_fp32_parameters(tmp_path):
         assert half.dtype == (torch.float32 if p.fp32 else torch.bfloat16)
         assert torch.equal(half, full.to(half.dtype))
         assert torch.equal(cast.get_parameter(name), half.float())
+
+
+@pytest.mark.parametrize("n_before", [0, 1, 2], ids="before shard {}".format)
+def test_load_during_a_save_is_all_of_the_new_checkpoint(tmp_path, monkeypatch, n_before):
+    """Shards are opened one by one: a save between two of them must not mix two checkpoints."""
+    save(model(1), tmp_path, max_shard_bytes=5000)
+    open_shard, n_opened = reader.open_shard, 0
+
+    def disturbed(path):
+        nonlocal n_opened
+        if n_opened == n_before:
+            save(model(2), tmp_path, max_shard_bytes=5000)
+        n_opened += 1
+        return open_shard(path)
+
+    monkeypatch.setattr(reader, "open_shard", disturbed)
+    loaded, new = load(tmp_path).state_dict(), model(2).state_dict()
+    assert n_opened > n_before + 2
+    assert all(torch.equal(loaded[name], new[name]) for name in new)
+
+
+def test_reader_gives_up_where_files_never_rest(tmp_path, monkeypatch):
+    save(model(), tmp_path)
+    open_shard = reader.open_shard
+
+    def disturbed(path):
+        (tmp_path / "log.txt").write_text("x")
+        (tmp_path / "log.txt").rename(tmp_path / f"{len(list(tmp_path.iterdir()))}.txt")
+        return open_shard(path)
+
+    monkeypatch.setattr(reader, "open_shard", disturbed)
+    with pytest.raises(CheckpointError, match="changed in each of 100 attempts"):
+        load(tmp_path)
 
 
 def test_gather_gives_each_parameter_once():

@@ -6,8 +6,10 @@ import shutil
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from hybridzoo.checkpoint import load
+from hybridzoo.checkpoint.io import locked
 from hybridzoo.errors import CheckpointError, ConfigError
 from hybridzoo.train import snapshot
 from hybridzoo.train.log import read_log
@@ -186,6 +188,33 @@ def test_nothing_intact_is_an_error(tmp_path):
         f"{tmp_path / 'run'}: none of 1 checkpoints is intact (the oldest: trainer.json is "
         "missing); a run resumes from one. Train into another directory."
     )
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_nothing_half_written(tmp_path, monkeypatch):
+    def full(tensors, path):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    runs.run_until(runs.recipe(tmp_path), 3)
+    monkeypatch.setattr(snapshot, "save_file", full)
+    with pytest.raises(
+        CheckpointError, match=r"step-00000006: cannot be written \(.*No space left"
+    ):
+        train(runs.recipe(tmp_path), resume=True, console=runs.quiet())
+    assert not list((tmp_path / "run").glob("tmp-*"))
+    assert snapshot.newest(tmp_path / "run", pytest.fail)[1]["step"] == 3
+
+
+@pytest.mark.parametrize("resume", [False, True], ids=["new", "resume"])
+def test_a_second_trainer_in_one_directory_is_refused_and_clears_nothing(tmp_path, resume):
+    root = tmp_path / "run"
+    half = root / "tmp-step-00000003"
+    half.mkdir(parents=True)
+    with (
+        locked(root, "training into"),
+        pytest.raises(CheckpointError, match="another process is training into it"),
+    ):
+        train(runs.recipe(tmp_path), resume=resume, console=runs.quiet())
+    assert half.is_dir()
 
 
 class Killed(BaseException):
