@@ -242,10 +242,8 @@ def _use_kernels(text: str) -> None:
 
 
 def _encode(prompt: str, tokenizer: Tokenizer) -> list[int]:
-    # an empty prompt starts where a text of training does
-    start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-    ids = tokenizer.encode(prompt) or [start]
-    if ids == [None]:
+    ids = tokenizer.encode_prompt(prompt)
+    if not ids:
         raise ConfigError(
             "--prompt: empty (''); this model's tokenizer has no token that starts a text. Write a "
             "word or two to continue."

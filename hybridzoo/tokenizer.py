@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from hybridzoo.errors import ConfigError
+from hybridzoo.options import shown
 
 # tried in this order when no tokenizer_config.json beside the file names the token
 _EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
@@ -33,6 +34,12 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; no special id is added."""
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids for a model to continue: `text`, behind the id that starts a text if there is one.
+
+        Empty only for an empty text and a tokenizer that has neither bos nor eos.
+        """
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; special ids give nothing, broken UTF-8 gives U+FFFD."""
 
@@ -52,6 +59,10 @@ class ByteTokenizer:
             ConfigError: the text holds a lone surrogate, which UTF-8 cannot write.
         """
         return list(_utf8(text, "surrogateescape"))
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Bytes of `text`; of an empty one, bos: training windows start anywhere, not at a bos."""
+        return self.encode(text) or [self.bos_id]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids below 256; those above, a padded vocabulary's too, give nothing."""
@@ -88,6 +99,15 @@ class JsonTokenizer:
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids as the file's post-processor completes them, but for an end: the model goes on."""
+        _utf8(text)
+        ids: list[int] = self._backend.encode(text, add_special_tokens=True).ids
+        if ids and ids[-1] == self.eos_id:
+            ids = ids[:-1]
+        start = self.eos_id if self.bos_id is None else self.bos_id
+        return ids or ([] if start is None else [start])
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special ones skipped; ids that the file does not know give nothing."""
         text: str = self._backend.decode(list(ids), skip_special_tokens=True)
@@ -114,19 +134,23 @@ def _named_specials(path: Path) -> dict[str, str]:
     """eos_token and bos_token of a tokenizer_config.json; empty when there is no such file."""
     if not path.is_file():
         return {}
+    rule = "it names the special tokens of the tokenizer.json beside it. Correct or remove it."
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(
-            f"tokenizer: {path} is not JSON ({error}); it names the special tokens of the "
-            "tokenizer.json beside it. Correct or remove it."
-        ) from error
-    # a token is written as its text, or as an object that holds the text under "content"
-    found = {key: entries.get(key) for key in ("eos_token", "bos_token")}
-    texts = {
-        key: token["content"] if isinstance(token, dict) else token for key, token in found.items()
-    }
-    return {key: text for key, text in texts.items() if text is not None}
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"tokenizer: {path} is not JSON ({error}); {rule}") from error
+    if not isinstance(entries, dict):
+        raise ConfigError(f"tokenizer: {path} is not an object ({shown(entries)}); {rule}")
+    found = {}
+    for key in ("eos_token", "bos_token"):
+        # a token is written as its text, or as an object that holds the text under "content"
+        token = entries.get(key)
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str):
+            found[key] = text
+        elif token is not None:
+            raise ConfigError(f"tokenizer: {path}: {key} is no text ({shown(token)}); {rule}")
+    return found
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:

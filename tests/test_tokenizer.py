@@ -175,3 +175,24 @@ def test_refusals_are_sentences(tmp_path):
         load_tokenizer(tmp_path)
     with pytest.raises(ConfigError, match=r"lone surrogate \(U\+D800 at character 1\)"):
         ByteTokenizer().encode("a\ud800")
+
+
+def test_a_prompt_starts_as_the_file_says_and_is_not_ended(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = {"<s>": 0, "</s>": 1, "a": 2, "b": 3}
+    backend = Tokenizer(models.WordLevel(words, unk_token="a"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("a b") == [2, 3]
+    assert tokenizer.encode_prompt("a b") == [0, 2, 3]
+    assert tokenizer.encode_prompt("") == [0]
+
+
+def test_a_prompt_of_bytes_is_its_bytes_and_an_empty_one_bos():
+    assert load_tokenizer("bytes").encode_prompt("a") == [97]
+    assert load_tokenizer("bytes").encode_prompt("") == [257]
