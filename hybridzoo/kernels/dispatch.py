@@ -5,7 +5,7 @@ import importlib
 import os
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar, cast
 
 import torch
@@ -62,9 +62,12 @@ class Op:
         self._modules: dict[str, Backend] = {}
         _OPS[name] = self
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the backend that `pick` names."""
-        return self.load(self.pick(*args, **kwargs)).run(*args, **kwargs)
+        backend = self.load(self.pick(x, *args, **kwargs))
+        # an op rounds where its contract says; autocast would round the products inside it as well
+        with no_autocast(x.device):
+            return backend.run(x, *args, **kwargs)
 
     def load(self, backend: str) -> Backend:
         """The module of one backend; one that is missing from our own tree raises ImportError."""
@@ -106,6 +109,21 @@ class Op:
             Row(self.name, b, reason, b == chosen)
             for b, reason in zip(self.backends, reasons, strict=True)
         ]
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which torch.autocast, if the caller is under it, leaves products as they are."""
+    if autocast_dtype(device) is None:
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What torch.autocast casts products to here, or None where the caller is not under it."""
+    # torch refuses the question for devices such as "meta"
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
 
 
 @contextmanager

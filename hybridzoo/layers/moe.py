@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybridzoo.errors import ConfigError
+from hybridzoo.kernels.dispatch import autocast_dtype, no_autocast
 from hybridzoo.kernels.grouped_mm import grouped_mm
 from hybridzoo.layers import init
 from hybridzoo.layers.base import Layer, LayerConfig, Param, Sequence, State
@@ -152,8 +153,8 @@ class MoE(Layer):
     def forward(self, x: Tensor, state: State | None, ctx: Sequence) -> Tensor:
         """(b, l, d) -> this rank's share of (b, l, d); the balance losses go to ctx.aux."""
         tokens = x.flatten(0, 1)  # (t, d)
-        # autocast off: it would round the router's logits, on which the choice of experts hangs.
-        with torch.autocast(x.device.type, enabled=False):
+        # the choice of experts hangs on the router's logits: autocast would round them
+        with no_autocast(x.device):
             logits = self._logits(tokens)  # (t, e)
             weights, chosen, scores = self._route(logits)
         if ctx.aux is not None:
@@ -169,7 +170,7 @@ class MoE(Layer):
     @torch.no_grad()
     def load(self, x: Tensor) -> Tensor:
         """Share of all picks that each expert gets of the tokens x (b, l, d), (e,) fp32."""
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device):
             _, chosen, _ = self._route(self._logits(x.flatten(0, 1)))
         return chosen.flatten().bincount(minlength=self.config.n_experts) / chosen.numel()
 
@@ -215,8 +216,7 @@ class MoE(Layer):
         every = torch.arange(self.config.n_experts, device=tokens.device)
         offsets = torch.searchsorted(expert, every, right=True).to(torch.int32)
         # autocast knows torch's own products only; without this the experts alone would stay fp32.
-        is_cast, device = torch.is_autocast_enabled(tokens.device.type), tokens.device.type
-        dtype = torch.get_autocast_dtype(device) if is_cast else tokens.dtype
+        dtype = autocast_dtype(tokens.device) or tokens.dtype
         up_weight, down_weight = self.expert_up_weight.to(dtype), self.expert_down_weight.to(dtype)
         up = grouped_mm(tokens[order // self.config.top_k].to(dtype), up_weight, offsets)
         hidden = activate(up, self.config.activation, self.config.gated)

@@ -10,8 +10,12 @@ import torch
 
 from hybridzoo.errors import BackendError
 from hybridzoo.kernels import dispatch
+from hybridzoo.kernels.attention import attention
 from hybridzoo.kernels.dispatch import Op, Row, explain, find_op, list_ops, use
 from hybridzoo.kernels.rms_norm import rms_norm
+from hybridzoo.kernels.selective_scan import selective_scan
+from hybridzoo.kernels.ssd import ssd
+from hybridzoo.layers.init import seeded
 
 CPU = torch.device("cpu")
 OPS = [
@@ -194,12 +198,54 @@ def test_compiled_graphs_trace_through_the_choice(toy):
         assert compiled(torch.ones(4)).tolist() == [6.0] * 4
 
 
+@pytest.mark.parametrize("is_cast", [True, False], ids=["autocast", "plain"])
+def test_compiled_graphs_trace_through_autocast(is_cast):
+    x, weight = torch.randn(3, 8), torch.randn(8)
+    compiled = torch.compile(
+        lambda x: rms_norm(x, weight, eps=1e-5)[0] @ weight, fullgraph=True, backend="eager"
+    )
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_cast):
+        got = compiled(x)
+    # the op itself stays fp32, the product after it does not
+    assert got.dtype == (torch.bfloat16 if is_cast else torch.float32)
+    normed = rms_norm(x, weight, eps=1e-5)[0].to(got.dtype)
+    assert torch.equal(got, normed @ weight.to(got.dtype))
+
+
 def test_compiled_graphs_trace_through_a_real_op():
     x, weight = torch.randn(3, 8), torch.randn(8)
     compiled = torch.compile(
         lambda x: rms_norm(x, weight, eps=1e-5), fullgraph=True, backend="eager"
     )
     assert torch.equal(compiled(x)[0], rms_norm(x, weight, eps=1e-5)[0])
+
+
+def run_ssd():
+    made = seeded(0, "ssd")
+    x, B, C = (torch.randn(1, 9, 2, 4, generator=made) for _ in range(3))
+    dt = torch.randn(1, 9, 2, generator=made)
+    return ssd(x, dt, -torch.ones(2), B, C, dt_softplus=True, chunk_size=4)[0]
+
+
+def run_selective_scan():
+    made = seeded(0, "scan")
+    x, dt = (torch.randn(1, 9, 4, generator=made) for _ in range(2))
+    B, C = (torch.randn(1, 9, 1, 3, generator=made) for _ in range(2))
+    return selective_scan(x, dt, -torch.ones(4, 3), B, C, dt_softplus=True)[0]
+
+
+def run_attention():
+    made = seeded(0, "attention")
+    q, k, v = (torch.randn(1, 9, 2, 4, generator=made) for _ in range(3))
+    with use(attention="reference"):
+        return attention(q, k, v)
+
+
+@pytest.mark.parametrize("call", [run_ssd, run_selective_scan, run_attention])
+def test_autocast_rounds_nothing_inside_an_op(call):
+    with torch.autocast("cpu", torch.bfloat16):
+        got = call()
+    assert torch.equal(got, call())
 
 
 def test_ops_are_the_folders():
