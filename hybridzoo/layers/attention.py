@@ -155,21 +155,16 @@ class Attention(Layer):
         if state:
             o = self._cached(q, k, v, positions, state, ctx, options)
         else:
-            k_start = None if ctx.pad_mask is None else (x.shape[1] - ctx.count(x)).to(torch.int32)
-            o = attention(
-                q,
-                k,
-                v,
-                k_start=k_start,
-                cu_seqlens=ctx.cu_seqlens,
-                max_seqlen=ctx.max_seqlen,
-                **options,
-            )
+            packs = {"cu_seqlens": ctx.cu_seqlens, "max_seqlen": ctx.max_seqlen}
+            o = attention(q, k, v, k_start=_first_token(ctx.pad_mask), **packs, **options)
         return self.out_proj(o.flatten(2))
 
     def _absolute(self, positions: Tensor, state: State, ctx: Sequence) -> Tensor:
         # tokens of this call follow those of the calls before; padding stays at -1.
         start = state.get("position", ctx)
+        if ctx.slots is not None:
+            # what a dropped row reads is another's: its position there may be the cache's last
+            start = start.where(ctx.slots >= 0, 0)
         start = start[:, None] if ctx.seq_idx is None else start[ctx.seq_idx][None]
         return torch.where(positions < 0, positions, positions + start)
 
@@ -186,6 +181,12 @@ class Attention(Layer):
         if ctx.cu_seqlens is not None:
             q, k, v = ctx.unpack(q), ctx.unpack(k), ctx.unpack(v)
             positions = ctx.unpack(positions[:, :, None], fill=-1)[:, :, 0]
+        capacity = state.tensors["k_cache"].shape[1] - 1
+        if q.shape[1] > capacity:
+            raise ConfigError(
+                f"attention: {q.shape[1]} tokens do not fit a state of max_len ({capacity}); "
+                "a state is made for the longest text. Pass a larger max_len to init_state."
+            )
         k_cache = _write(state.get("k_cache", ctx), k, positions)
         v_cache = _write(state.get("v_cache", ctx), v, positions)
         state.set("k_cache", k_cache, ctx)
@@ -195,6 +196,12 @@ class Attention(Layer):
         )
         o = attention(q, k_cache.to(q.dtype), v_cache.to(q.dtype), q_positions=positions, **options)
         return o if ctx.cu_seqlens is None else ctx.repack(o)
+
+
+def _first_token(pad_mask: Tensor | None) -> Tensor | None:
+    # where a row starts, not how much of it is padding: behind the last token padding is harmless
+    # here, for no token sees it
+    return None if pad_mask is None else pad_mask.int().argmax(1).to(torch.int32)
 
 
 def _write(cache: Tensor, new: Tensor, positions: Tensor) -> Tensor:

@@ -222,15 +222,21 @@ class Layer(nn.Module):
 
     def init_state(self, batch: int, max_len: int) -> State:
         """Zeros for `batch` sequences of at most `max_len` tokens, sized for this rank."""
-        # the table's first parameter is a projection: it has the model's dtype, also after
-        # model.to(dtype).
-        like = self.get_parameter(next(iter(self.table)))
+        like = self._compute_like()
         tensors = {}
         for name, spec in self.config.state(self.d_model, batch, max_len).items():
             shape = spec.local_shape(self.parallel.tp.world)
             dtype = spec.dtype_in(like.dtype)
             tensors[name] = torch.zeros(shape, dtype=dtype, device=like.device)
         return State(tensors)
+
+    def _compute_like(self) -> Tensor:
+        # a parameter that has the model's dtype, also after model.to(dtype): by looking rather than
+        # by name, for an adapter or a quantised module may stand where a projection did
+        wide = {name for name, p in self.table.items() if p.fp32}
+        return next(
+            p for n, p in self.named_parameters() if n not in wide and p.is_floating_point()
+        )
 
     @torch.no_grad()
     def init_weights(self, seed: int, prefix: str, n_sublayers: int) -> None:

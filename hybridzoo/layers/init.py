@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,27 +22,19 @@ def seeded(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=generator, device="cpu")
-
-
-def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.rand(shape, generator=generator, device="cpu")
-
-
 def constant(value: float) -> Init:
     """Every element `value`."""
-    return lambda shape, _: torch.full(shape, value, device="cpu")
+    return partial(_constant, value)
 
 
 def normal(std: float) -> Init:
     """N(0, std)."""
-    return lambda shape, generator: _normal(shape, generator) * std
+    return partial(_normal, std)
 
 
 def uniform(bound: float) -> Init:
     """U(-bound, bound)."""
-    return lambda shape, generator: (_uniform(shape, generator) * 2 - 1) * bound
+    return partial(_uniform, bound)
 
 
 def fan_in_uniform(fan_in: int) -> Init:
@@ -51,17 +44,12 @@ def fan_in_uniform(fan_in: int) -> Init:
 
 def log_arange() -> Init:
     """Log(1..n) along the last dimension: Mamba's A_log (arXiv 2312.00752, section 3.6)."""
-    return lambda shape, _: (
-        torch.arange(1, shape[-1] + 1, dtype=torch.float32, device="cpu")
-        .log()
-        .expand(shape)
-        .clone()
-    )
+    return _log_arange
 
 
 def log_uniform_A(low: float, high: float) -> Init:
     """Log of U(low, high): Mamba-2's A_log, one decay a head."""
-    return lambda shape, generator: (low + _uniform(shape, generator) * (high - low)).log()
+    return partial(_log_uniform, low, high)
 
 
 def dt_bias(low: float, high: float, floor: float) -> Init:
@@ -69,10 +57,42 @@ def dt_bias(low: float, high: float, floor: float) -> Init:
 
     As in Mamba (arXiv 2312.00752, section 3.6).
     """
+    return partial(_dt_bias, low, high, floor)
 
-    def draw(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        share = _uniform(shape, generator)
-        dt = torch.exp(math.log(low) + share * math.log(high / low)).clamp(min=floor)
-        return dt + (-torch.expm1(-dt)).log()
 
-    return draw
+# functions of the module rather than closures: a model holds its inits, and must pickle
+
+
+def _constant(value: float, shape: tuple[int, ...], _: torch.Generator) -> Tensor:
+    return torch.full(shape, value, device="cpu")
+
+
+def _normal(std: float, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, device="cpu") * std
+
+
+def _uniform(bound: float, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return (_unit(shape, generator) * 2 - 1) * bound
+
+
+def _log_uniform(
+    low: float, high: float, shape: tuple[int, ...], generator: torch.Generator
+) -> Tensor:
+    return (low + _unit(shape, generator) * (high - low)).log()
+
+
+def _log_arange(shape: tuple[int, ...], _: torch.Generator) -> Tensor:
+    steps = torch.arange(1, shape[-1] + 1, dtype=torch.float32, device="cpu")
+    return steps.log().expand(shape).clone()
+
+
+def _dt_bias(
+    low: float, high: float, floor: float, shape: tuple[int, ...], generator: torch.Generator
+) -> Tensor:
+    share = _unit(shape, generator)
+    dt = torch.exp(math.log(low) + share * math.log(high / low)).clamp(min=floor)
+    return dt + (-torch.expm1(-dt)).log()
+
+
+def _unit(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=generator, device="cpu")

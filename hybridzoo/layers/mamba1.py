@@ -157,11 +157,8 @@ class Mamba1(Layer):
         self.in_proj = self.linear("in_proj")
         self.conv_weight, self.conv_bias = self.param("conv_weight"), self.param("conv_bias")
         self.x_proj, self.dt_proj = self.linear("x_proj"), self.linear("dt_proj")
-        self.dt_bias, self.A_log, self.D = (
-            self.param("dt_bias"),
-            self.param("A_log"),
-            self.param("D"),
-        )
+        self.dt_bias, self.A_log = self.param("dt_bias"), self.param("A_log")
+        self.D = self.param("D")
         self.out_proj = self.linear("out_proj")
         if config.x_norm != "none":
             self.dt_norm = RMSNorm(self.param("dt_norm.weight"), config.norm_eps)
@@ -183,7 +180,7 @@ class Mamba1(Layer):
         x = ctx.blank_padding(x if fused else ACTIVATIONS[self.config.activation](x))
         dt, B, C = self._select(x)
         y, ssm_state = selective_scan(
-            x, self.dt_proj(dt), -self.A_log.exp(), B[:, :, None], C[:, :, None], D=self.D,
+            x, self.dt_proj(dt), decays(self.A_log), B[:, :, None], C[:, :, None], D=self.D,
             z=z, dt_bias=self.dt_bias, dt_softplus=True,
             dt_limit=self.config.dt_limit, cu_seqlens=ctx.cu_seqlens,
             initial_state=state.get("ssm_state", ctx) if state else None,
@@ -203,3 +200,8 @@ class Mamba1(Layer):
             dt, B, C = dtBC.split(widths, -1)
             dtBC = torch.cat([self.dt_norm(dt)[0], self.B_norm(B)[0], self.C_norm(C)[0]], -1)
         return tp.copy_in(dtBC).split(widths, -1)
+
+
+def decays(A_log: Tensor) -> Tensor:
+    """A = -exp(A_log), in fp32 at least also where model.to(dtype) made A_log narrower."""
+    return -A_log.to(torch.promote_types(A_log.dtype, torch.float32)).exp()

@@ -14,6 +14,7 @@ from hybridzoo.kernels.causal_conv1d import causal_conv1d
 from hybridzoo.kernels.ssd import ssd
 from hybridzoo.layers import init
 from hybridzoo.layers.base import Layer, LayerConfig, Param, Sequence, State, StateTensor
+from hybridzoo.layers.mamba1 import decays
 from hybridzoo.layers.norm import GatedRMSNorm
 from hybridzoo.sharding import Part, Split
 
@@ -192,11 +193,8 @@ class Mamba2(Layer):
         super().__init__(config, d_model, **where)
         self.in_proj = self.linear("in_proj")
         self.conv_weight, self.conv_bias = self.param("conv_weight"), self.param("conv_bias")
-        self.dt_bias, self.A_log, self.D = (
-            self.param("dt_bias"),
-            self.param("A_log"),
-            self.param("D"),
-        )
+        self.dt_bias, self.A_log = self.param("dt_bias"), self.param("A_log")
+        self.D = self.param("D")
         if config.norm != "none":
             weight, group_size = (
                 self.param("norm.weight"),
@@ -229,7 +227,7 @@ class Mamba2(Layer):
         # without a norm the scan gates; else the norm does
         gate = _heads(z, dt.shape[-1]) if self.config.norm == "none" else None
         y, ssm_state = ssd(
-            _heads(x, dt.shape[-1]), dt, -self.A_log.exp(),
+            _heads(x, dt.shape[-1]), dt, decays(self.A_log),
             _heads(B, n_groups), _heads(C, n_groups), D=self.D, z=gate, dt_bias=self.dt_bias,
             dt_softplus=True, dt_limit=self.config.dt_limit,
             chunk_size=self.config.chunk_size, cu_seqlens=ctx.cu_seqlens,

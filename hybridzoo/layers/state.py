@@ -55,9 +55,10 @@ class Sequence:
         positions: (b, l) int32 index of each token among its sequence's tokens in this call, -1 at
             padding; None when it is 0..l-1 in every row. A layer adds its state's own position.
         pad_mask: (b, l) bool, True at real tokens; None: no padding. Padding stands left of a
-            sequence's first token, maybe over several calls; none follows a real token.
-        slots: (b,) int64 row of the state pool for each sequence; negative rows are computed and
-            dropped.
+            sequence's first token, maybe over several calls; none follows a real token, unless
+            there is no state for it to enter.
+        slots: (b,) integers, row of the state pool for each sequence; negative rows are computed
+            and dropped.
         embed0: (b, l, d) token embeddings, for kinds that read them again.
         aux: losses that layers add (MoE balance); None when nobody collects them.
     """
@@ -103,6 +104,11 @@ class Sequence:
                 seq_idx=seq_idx,
                 positions=positions,
                 **rest,
+            )
+        if max_seqlen is not None:
+            raise ConfigError(
+                f"max_seqlen: given ({max_seqlen}) without cu_seqlens; it is the longest sequence "
+                "of a pack. Pass both or neither."
             )
         if attention_mask is None:
             return cls(**rest)
@@ -192,5 +198,41 @@ def _skip_negative(slots: Tensor, value: Tensor, full: Tensor) -> tuple[Tensor, 
     any_real, row = mask.index_select(0, first), value.index_select(0, first)
     # detached: the real write alone carries the gradient
     spare = torch.where(any_real, row, full[:1]).detach()
-    index = slots.where(is_real, slots.index_select(0, first)).clamp(min=0)
+    index = slots.where(is_real, slots.index_select(0, first)).clamp(min=0).long()
     return index, value.where(mask, spare)
+
+
+def check_shapes(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    state: list[list[State]] | None,
+    cu_seqlens: Tensor | None,
+    slots: Tensor | None,
+) -> None:
+    """Refuse a model's arguments that would broadcast, or be ignored, where they do not fit.
+
+    Raises:
+        ConfigError: names the argument and its shape.
+    """
+    shape = tuple(input_ids.shape)
+    if len(shape) != 2 or (cu_seqlens is not None and shape[0] != 1):
+        rule = "(b, l)" if cu_seqlens is None else "(1, l) with cu_seqlens"
+        raise ConfigError(f"input_ids: shape {shape}; it must be {rule}. Reshape it.")
+    if attention_mask is not None and tuple(attention_mask.shape) != shape:
+        raise ConfigError(
+            f"attention_mask: shape {tuple(attention_mask.shape)}; it covers the tokens of this "
+            f"call alone, {shape}. Pass that part of it."
+        )
+    n_seqs = shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if slots is not None and (state is None or slots.shape[0] != n_seqs):
+        held = "no state" if state is None else f"{n_seqs} sequences"
+        raise ConfigError(
+            f"slots: {slots.shape[0]} of them with {held}; they name a row of a state for each "
+            "sequence. Pass a state, and as many slots."
+        )
+    rows = next((t.shape[0] for place in state or () for s in place for t in s.tensors.values()), 0)
+    if slots is None and rows not in (0, n_seqs):
+        raise ConfigError(
+            f"state: {rows} rows for {n_seqs} sequences; a state has one row a sequence. "
+            "Pass init_state's of that many, or slots."
+        )

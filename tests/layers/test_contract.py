@@ -1,6 +1,7 @@
 """The contract of every kind: one forward for training, prefill, chunks, packs and steps."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -247,6 +248,20 @@ def test_slots_that_are_all_negative_change_nothing(name):
 
 
 @every_mixer
+@torch.no_grad()
+def test_a_dropped_row_never_overflows(name):
+    # row 0, which a negative slot reads, is full
+    layer = make_layer(name)
+    pool = layer.init_state(2, 7)
+    layer(randn(1, 7, D_MODEL), pool, Sequence.build(7, slots=torch.tensor([0])))
+    before = pool.map(torch.clone)
+    slots = torch.tensor([-1, 1], dtype=torch.int32)
+    y = layer(randn(2, 5, D_MODEL), pool, Sequence.build(5, slots=slots))
+    assert_close(y[1:], layer(randn(2, 5, D_MODEL)[1:], None, PLAIN))
+    assert_states_equal(rows(pool, 0), rows(before, 0), rtol=0, atol=0)
+
+
+@every_mixer
 def test_gradients_flow_once_through_slots(name):
     layer = make_layer(name)
 
@@ -369,6 +384,32 @@ def test_a_wrapped_projection_is_honoured(name):
         setattr(adapted, child, adapter)
         getattr(expected, child).weight.data += adapter.B.data @ adapter.A.data
         assert_close(adapted(x, None, PLAIN), expected(x, None, PLAIN))
+
+
+@every_mixer
+def test_a_wrapped_projection_leaves_the_states_as_they_are(name):
+    wrapped, plain = make_layer(name).to(torch.bfloat16), make_layer(name).to(torch.bfloat16)
+    for child in linears(wrapped):
+        setattr(wrapped, child, Doubled(getattr(wrapped, child)))
+    got, expected = wrapped.init_state(2, 5).tensors, plain.init_state(2, 5).tensors
+    assert {k: (t.shape, t.dtype) for k, t in got.items()} == {
+        k: (t.shape, t.dtype) for k, t in expected.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["mamba1", "mamba2"])
+def test_decays_are_fp32_in_a_model_made_narrow(name, monkeypatch):
+    seen = {}
+    op = "selective_scan" if name == "mamba1" else "ssd"
+    module = importlib.import_module(f"hybridzoo.layers.{name}")
+    run = getattr(module, op)
+    monkeypatch.setattr(
+        module, op, lambda x, dt, A, *a, **k: seen.update(A=A) or run(x, dt, A, *a, **k)
+    )
+    layer = make_layer(name).to(torch.bfloat16)
+    layer(randn(1, 3, D_MODEL).bfloat16(), None, PLAIN)
+    # of the rounded logarithm, but not rounded again
+    assert torch.equal(seen["A"], -layer.A_log.float().exp())
 
 
 @every_case
