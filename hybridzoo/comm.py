@@ -29,6 +29,10 @@ class Axis:
     world: int = 1
     group: dist.ProcessGroup | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Axis:
+        """Itself: a copy of a model talks to the same ranks, and a process group has no copy."""
+        return self
+
     def copy_in(self, x: Tensor) -> Tensor:
         """Identity; its gradient is summed over ranks.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from hybridzoo.comm import SINGLE, Parallel
 from hybridzoo.config import Branch, HybridConfig, branch_prefix
+from hybridzoo.errors import CheckpointError
 from hybridzoo.layers import Layer, Param, Sequence, State
 from hybridzoo.layers.init import seeded
 from hybridzoo.layers.norm import RMSNorm
+from hybridzoo.layers.state import check_shapes
 
 
 class Block(nn.Module):
@@ -128,9 +130,10 @@ class HybridLM(nn.Module):
         self.norm = RMSNorm(empty(d), config.norm_eps)
         # on meta first: a tied head needs no memory of its own
         self.head = nn.Linear(d, config.vocab_size, bias=False, device="meta")
-        self.head.weight = (
-            self.embed.weight if config.tie_embeddings else empty(config.vocab_size, d)
-        )
+        if config.tie_embeddings:
+            self._tie()
+        else:
+            self.head.weight = empty(config.vocab_size, d)
         if init and self.embed.weight.device.type != "meta":
             self.init_weights(seed)
 
@@ -148,8 +151,8 @@ class HybridLM(nn.Module):
 
         Args:
             input_ids: (b, l) integers below vocab_size.
-            attention_mask: (b, l), nonzero at real tokens; padding is on the left of a sequence's
-                first token, also where a state continues it.
+            attention_mask: (b, l), nonzero at real tokens. Padding is on the left of a sequence's
+                first token, maybe over several calls; without a state it may be on the right.
             state: from init_state; continued and updated.
             cu_seqlens: (s + 1,) int32 starts of packed sequences; then b == 1 and a state has s
                 rows.
@@ -159,7 +162,11 @@ class HybridLM(nn.Module):
 
         Returns:
             (b, l, vocab_size) in the model's dtype.
+
+        Raises:
+            ConfigError: the shapes of these do not fit together.
         """
+        check_shapes(input_ids, attention_mask, state, cu_seqlens, slots)
         ctx = Sequence.build(
             input_ids.shape[1],
             attention_mask=attention_mask,
@@ -203,6 +210,35 @@ class HybridLM(nn.Module):
             prefix = next((k for k in layers if name.startswith(k)), "")
             pieces = p.cut.pieces(name[len(prefix) :], self.parallel.tp.world)
             yield name, p, {piece: prefix + piece for piece in pieces}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As torch's; of a tied model `head.weight` may be absent, and stays tied.
+
+        CheckpointError where it is there and differs from `embed.weight`.
+        """
+        embed, head = state_dict.get("embed.weight"), state_dict.get("head.weight")
+        if self.config.tie_embeddings and embed is not None:
+            if head is not None and not (head.is_meta or torch.equal(head, embed)):
+                raise CheckpointError(
+                    "head.weight: differs from embed.weight; tie_embeddings makes them one. "
+                    "Load these weights into a model with tie_embeddings: false."
+                )
+            state_dict = {**state_dict, "head.weight": embed}
+        found = super().load_state_dict(state_dict, *args, **kwargs)
+        self._tie()
+        return found
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # to_empty and moves off "meta" give each module a parameter of its own
+        super()._apply(fn, recurse)
+        self._tie()
+        return self
+
+    def _tie(self) -> None:
+        # an adapter in the place of either looks after itself
+        is_plain = isinstance(self.head, nn.Linear) and isinstance(self.embed, nn.Embedding)
+        if self.config.tie_embeddings and is_plain:
+            self.head.weight = self.embed.weight
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -1,6 +1,7 @@
 """HybridLM: the stack, its options, its states; the same function and training at every tp."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hybridzoo.comm import SINGLE
-from hybridzoo.errors import ConfigError
+from hybridzoo.errors import CheckpointError, ConfigError
 from hybridzoo.layers import Sequence
 from hybridzoo.layers.init import seeded
 from hybridzoo.model import HybridLM
@@ -249,6 +250,42 @@ def test_a_pack_with_padding_is_refused():
         model(randint(1, 3), torch.ones(1, 3), cu_seqlens=ends, max_seqlen=3)
 
 
+def test_padding_on_the_right_changes_nothing_before_it():
+    model, ids = make_model(), randint(3, 9)
+    mask = torch.arange(9) < torch.tensor([9, 5, 1])[:, None]
+    logits = model(ids, mask)
+    for row, n in enumerate([9, 5, 1]):
+        assert_close(logits[row, :n], model(ids[row : row + 1, :n])[0])
+
+
+PACK = torch.tensor([0, 4, 9], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "n_rows", "message"),
+    [
+        ({"attention_mask": torch.ones(2, 12)}, 2, r"attention_mask: shape \(2, 12\)"),
+        ({"attention_mask": torch.ones(1, 9)}, None, r"attention_mask: shape \(1, 9\)"),
+        ({"cu_seqlens": PACK, "max_seqlen": 5}, None, r"input_ids: shape \(2, 9\)"),
+        ({"max_seqlen": 5}, None, "max_seqlen: given"),
+        ({"slots": torch.tensor([0, 1])}, None, "slots: 2 of them with no state"),
+        ({"slots": torch.tensor([0])}, 2, "slots: 1 of them with 2 sequences"),
+        ({}, 3, "state: 3 rows for 2 sequences"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(arguments, n_rows, message):
+    model = make_model(make_config(pattern="AF", layers_at={}))
+    state = None if n_rows is None else model.init_state(n_rows, 9)
+    with pytest.raises(ConfigError, match=message):
+        model(randint(2, 9), state=state, **arguments)
+
+
+def test_more_tokens_than_a_state_holds_are_refused():
+    model = make_model()
+    with pytest.raises(ConfigError, match=r"9 tokens do not fit a state of max_len \(8\)"):
+        model(randint(2, 9), state=model.init_state(2, 8))
+
+
 def test_shared_places_have_one_weight_and_a_state_each():
     model, ids = make_model(), randint(1, 7)
     first, second = (model.blocks[i].layers()[0] for i in (3, 6))
@@ -293,6 +330,44 @@ def test_a_deep_copy_is_independent():
     for parameter in model.parameters():
         parameter.data.zero_()
     assert_close(twin(ids), make_model()(ids))
+
+
+def logits_of_a_copy(parallel):
+    model, ids = make_model(parallel=parallel), randint(2, 9)
+    twin = copy.deepcopy(model)
+    return model(ids).detach(), twin(ids).detach()
+
+
+def test_a_deep_copy_talks_to_the_same_ranks():
+    for original, copied in gloo.run(2, logits_of_a_copy):
+        assert_close(copied, original)
+
+
+def test_a_model_survives_a_pickle():
+    model, ids = make_model(), randint(2, 9)
+    assert_close(pickle.loads(pickle.dumps(model))(ids), model(ids))
+
+
+@torch.no_grad()
+def test_a_tied_head_stays_tied():
+    config = make_config(tie_embeddings=True)
+    weights = {k: v.clone() for k, v in make_model(config).state_dict().items()}
+    moved = HybridLM(config, device="meta").to_empty(device="cpu")
+    assigned = HybridLM(config)
+    assigned.load_state_dict(weights, assign=True)
+    del weights["head.weight"]
+    absent = HybridLM(config, dtype=torch.float64)
+    absent.load_state_dict(weights)
+    for model in (moved, assigned, absent, copy.deepcopy(absent), absent.to(torch.float32)):
+        assert model.head.weight is model.embed.weight
+    assert_close(absent.embed.weight, weights["embed.weight"].float())
+
+
+def test_two_weights_for_a_tied_head_are_refused():
+    model = make_model(make_config(tie_embeddings=True))
+    weights = model.state_dict() | {"head.weight": model.embed.weight + 1}
+    with pytest.raises(CheckpointError, match=r"head\.weight: differs from embed\.weight"):
+        model.load_state_dict(weights)
 
 
 def test_meta_builds_without_memory():
