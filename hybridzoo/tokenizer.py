@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Protocol
 
 from hybridzoo.errors import ConfigError
-from hybridzoo.options import shown
 
 # tried in this order when no tokenizer_config.json beside the file names the token
 _EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
@@ -140,7 +139,7 @@ def _named_specials(path: Path) -> dict[str, str]:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"tokenizer: {path} is not JSON ({error}); {rule}") from error
     if not isinstance(entries, dict):
-        raise ConfigError(f"tokenizer: {path} is not an object ({shown(entries)}); {rule}")
+        raise ConfigError(f"tokenizer: {path} is a {type(entries).__name__}, not an object; {rule}")
     found = {}
     for key in ("eos_token", "bos_token"):
         # a token is written as its text, or as an object that holds the text under "content"
@@ -149,7 +148,8 @@ def _named_specials(path: Path) -> dict[str, str]:
         if isinstance(text, str):
             found[key] = text
         elif token is not None:
-            raise ConfigError(f"tokenizer: {path}: {key} is no text ({shown(token)}); {rule}")
+            kind = type(text).__name__
+            raise ConfigError(f"tokenizer: {path}: {key} is a {kind}, not a text; {rule}")
     return found
 
 

@@ -170,9 +170,16 @@ def test_refusals_are_sentences(tmp_path):
     with pytest.raises(ConfigError, match=r"bad.json is not a tokenizers JSON \(.*\); "):
         load_tokenizer(tmp_path / "bad.json")
     save_byte_level(tmp_path / "tokenizer.json")
-    (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"tokenizer_config.json is not JSON"):
-        load_tokenizer(tmp_path)
+    for text in ("{", "[" * 100_000):
+        (tmp_path / "tokenizer_config.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"tokenizer_config.json is not JSON"):
+            load_tokenizer(tmp_path)
+    for text in ("[]", "null", '{"eos_token": 5}', '{"bos_token": {}}'):
+        (tmp_path / "tokenizer_config.json").write_text(text)
+        with pytest.raises(
+            ConfigError, match=r"config.json.* is a \w+, not .*names the special tokens"
+        ):
+            load_tokenizer(tmp_path)
     with pytest.raises(ConfigError, match=r"lone surrogate \(U\+D800 at character 1\)"):
         ByteTokenizer().encode("a\ud800")
 

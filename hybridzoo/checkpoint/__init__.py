@@ -106,7 +106,8 @@ def save(
             source.
         layout: "native", or a family: its newest dialect or, for the family that the model was
             loaded from, the source's own files.
-        tokenizer: a tokenizers JSON to put beside the weights under the config's name for it.
+        tokenizer: a tokenizers JSON to put beside the weights under the config's name for it; a
+            tokenizer_config.json next to it comes along, for it names eos and bos.
 
     Raises:
         CheckpointError: the directory cannot be written, or the family cannot express the config.
@@ -119,6 +120,9 @@ def save(
                 "be used. Leave it out, or set the config's tokenizer to the file's name."
             )
         texts[model.config.tokenizer] = Path(tokenizer).read_bytes()
+        specials = Path(tokenizer).with_name("tokenizer_config.json")
+        if specials.is_file():
+            texts[specials.name] = specials.read_bytes()
     store = Store(directory, layout, dtype, max_shard_bytes)
     store.run(Gathered(model), texts, writes=model.parallel.tp.rank == 0)
 

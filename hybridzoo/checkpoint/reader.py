@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from hybridzoo.checkpoint.io import COMMITTED, INDEX_FILE, SINGLE_FILE, Layout
-from hybridzoo.checkpoint.shard import open_shard
+from hybridzoo.checkpoint.shard import MAX_HEADER, open_shard
 from hybridzoo.errors import CheckpointError
 
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")
@@ -196,6 +196,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(
             f"{path}: missing; a checkpoint has this file. Check the path or download it again."
+        )
+    if path.stat().st_size > MAX_HEADER:
+        raise CheckpointError(
+            f"{path}: {path.stat().st_size} bytes; no such file exceeds {MAX_HEADER}. Download it "
+            "again."
         )
     try:
         content = json.loads(path.read_bytes())

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hybridzoo.errors import CheckpointError
+from hybridzoo.options import shown
 
 DTYPES = {
     "F64": torch.float64,
@@ -135,8 +136,8 @@ def open_shard(path: Path) -> Shard:
     raw = data[8 : 8 + n]
     entries = _parse(path, raw)
     metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict):
-        raise _refuse(path, f"metadata {metadata!r}", "metadata is an object of strings")
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _refuse(path, f"metadata {shown(metadata)}", "metadata is an object of strings")
     spans = {name: _entry(path, name, entry) for name, entry in entries.items()}
     ordered = sorted(spans, key=lambda name: spans[name][1:])
     end = 0
@@ -162,12 +163,16 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in pairs:
             if key in found:
-                raise _refuse(path, f"{key} is there twice", "names are unique")
+                raise _refuse(path, f"{shown(key)} is there twice", "names are unique")
+            for text in (key, value):
+                if isinstance(text, str):
+                    # an escaped lone surrogate is JSON to Python, but no text that can be written
+                    text.encode()
             found[key] = value
         return found
 
     try:
-        entries = json.loads(raw, object_pairs_hook=unique)
+        entries = json.loads(raw.decode(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise _refuse(path, f"a header that is not JSON ({error})", "it must be") from None
     if not isinstance(entries, dict):
@@ -179,21 +184,22 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[Spec, int, int]:
     """Spec, first byte and end of one tensor."""
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = (fields.get(k) for k in ("dtype", "shape", "data_offsets"))
-
-    if dtype not in DTYPES:
-        raise _refuse(path, f"{name} has dtype {dtype!r}", f"known are {', '.join(DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise _refuse(path, f"{name} has dtype {shown(dtype)}", f"known are {', '.join(DTYPES)}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise _refuse(
             path,
-            f"{name} has shape {shape} and offsets {offsets}",
+            f"{name} has shape {shown(shape)} and offsets {shown(offsets)}",
             "both are lists of whole numbers >= 0",
         )
     spec = Spec(dtype, tuple(shape))
+    if spec.n_bytes >= 2**63:
+        raise _refuse(path, f"{name} has shape {shown(shape)}", "a tensor has < 2**63 bytes")
     if offsets[1] - offsets[0] != spec.n_bytes:
         raise _refuse(
             path,
             f"{name} spans {offsets[1] - offsets[0]} bytes",
-            f"{dtype} {shape} has {spec.n_bytes}",
+            f"{dtype} {shown(shape)} has {spec.n_bytes}",
         )
     return spec, offsets[0], offsets[1]
 

@@ -6,6 +6,7 @@ import glob
 import lzma
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -49,6 +50,11 @@ class Documents:
     def n_targets(self) -> int:
         """Tokens that evaluation scores: all but the first and a final eos of each document."""
         return int((self.target_ends - self.starts - 1).clip(min=0).sum())
+
+    @cached_property
+    def bytes_per_target(self) -> float | None:
+        """UTF-8 bytes a scored token stands for on average; None where n_bytes is."""
+        return None if self.n_bytes is None else self.n_bytes / max(1, self.n_targets)
 
 
 def corpus(name: str, split: Split) -> list[bytes]:

@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,10 +16,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from hybridzoo.checkpoint.io import locked
 from hybridzoo.errors import ConfigError
 from hybridzoo.train import optim, snapshot
 from hybridzoo.train.data import IGNORE, Batch
+from hybridzoo.train.documents import Split
 from hybridzoo.train.interrupt import interruptible
 from hybridzoo.train.log import Log, Record, plot
 from hybridzoo.train.loss import expert_loads, loss
@@ -52,15 +52,9 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         SystemExit: 130 after SIGINT, once the step is finished and saved.
     """
     console = console or Console(stderr=True)
-    root = Path(recipe.output)
-    with ExitStack() as held, torch.random.fork_rng(devices=_cuda_devices()):
-        # before anything in it is read or cleared; a new one is there once nothing was refused
-        is_new = not root.is_dir()
-        if not is_new:
-            held.enter_context(locked(root, "training into"))
+    devices = list(range(torch.cuda.device_count()))
+    with snapshot.held(Path(recipe.output)), torch.random.fork_rng(devices=devices):
         trainer = Trainer(recipe, resume, console)
-        if is_new:
-            held.enter_context(locked(root, "training into"))
         with interruptible() as caught:
             last = trainer.run(caught)
     if caught:
@@ -172,7 +166,7 @@ class Trainer:
             if self.average is not None:
                 self.average.update(self.step + 1)
             self.skipped = 0
-            record |= {"loss": nats, **self._bits("", nats), "aux": aux, "grad_norm": norm}
+            record |= {"loss": nats, **self._bits("", "train", nats), "aux": aux, "grad_norm": norm}
         else:
             self._skip(nats + aux, norm)
             record |= {"skipped": f"loss {nats + aux}, gradient norm {norm}"}
@@ -197,7 +191,7 @@ class Trainer:
             if is_best:
                 self.best = value
                 self.start.save_model(self.root / "best")
-        record: Record = {"step": self.step, "val_loss": value, **self._bits("val_", value)}
+        record: Record = {"step": self.step, "val_loss": value, **self._bits("val_", "val", value)}
         record |= {"is_best": is_best} | ({"expert_load": loads} if loads else {})
         self.log.write(record)
 
@@ -227,11 +221,10 @@ class Trainer:
         n = self.recipe.accumulate
         return [self.data.batch_at(step * n + i) for i in range(n)]
 
-    def _bits(self, prefix: str, nats: float) -> Record:
+    def _bits(self, prefix: str, split: Split, nats: float) -> Record:
         """The loss in bits a byte, where the source knows its bytes."""
-        if self.start.bytes_per_token is None:
-            return {}
-        return {f"{prefix}bits_per_byte": nats / math.log(2) / self.start.bytes_per_token}
+        ratio = self.data.documents(split).bytes_per_target
+        return {} if ratio is None else {f"{prefix}bits_per_byte": nats / math.log(2) / ratio}
 
     def _precision(self) -> torch.autocast:
         is_bf16 = self.recipe.precision == "bf16"
@@ -300,7 +293,3 @@ def _step_seed(seed: int, step: int) -> int:
 def _move(batch: Batch, device: torch.device) -> Batch:
     moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
     return cast(Batch, moved)
-
-
-def _cuda_devices() -> list[int]:
-    return list(range(torch.cuda.device_count()))

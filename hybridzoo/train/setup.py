@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from hybridzoo.checkpoint import load, save
+from hybridzoo.checkpoint.reader import resolve
 from hybridzoo.config import HybridConfig
 from hybridzoo.errors import ConfigError
 from hybridzoo.kernels import dispatch
@@ -16,8 +16,6 @@ from hybridzoo.model import HybridLM
 from hybridzoo.tokenizer import Tokenizer, load_tokenizer
 from hybridzoo.train.data import PackedData
 from hybridzoo.train.recipe import Recipe
-
-_SPECIALS = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -28,21 +26,15 @@ class Start:
         model: fp32, on the device.
         tokenizer_file: the tokenizers JSON that checkpoints carry; None for bytes.
         data: batches of the recipe's source, one part of a step each.
-        bytes_per_token: UTF-8 bytes a label stands for on average; None for a token file.
     """
 
     model: HybridLM
     tokenizer_file: Path | None
     data: PackedData
-    bytes_per_token: float | None
 
     def save_model(self, directory: Path) -> None:
         """Write a native directory that loads by itself."""
         save(self.model, directory, dtype=torch.float32, tokenizer=self.tokenizer_file)
-        if self.tokenizer_file is not None:
-            specials = self.tokenizer_file.with_name(_SPECIALS)
-            if specials.is_file():
-                shutil.copyfile(specials, directory / _SPECIALS)
 
 
 def pick_device(recipe: Recipe) -> torch.device:
@@ -70,8 +62,7 @@ def start(recipe: Recipe, device: torch.device, checkpoint: Path | None) -> Star
     loaded = load(source, dtype=torch.float32, device=device) if source.is_dir() else None
     config = HybridConfig.load(source) if loaded is None else loaded.config
     tokenizer, file = _read_tokenizer(recipe, config, source)
-    if file is not None:
-        config = config.with_options(tokenizer="tokenizer.json")
+    config = config.with_options(tokenizer="bytes" if file is None else "tokenizer.json")
     if checkpoint is not None:
         model = load(checkpoint, dtype=torch.float32, device=device)
         if model.config != config:
@@ -92,9 +83,7 @@ def start(recipe: Recipe, device: torch.device, checkpoint: Path | None) -> Star
         seed=recipe.seed,
         packing=recipe.data.packing,
     )
-    text = data.documents("train")
-    ratio = None if text.n_bytes is None else text.n_bytes / text.n_targets
-    return Start(model, file, data, ratio)
+    return Start(model, file, data)
 
 
 def describe(model: HybridLM, recipe: Recipe, device: torch.device) -> list[str]:
@@ -128,7 +117,10 @@ def _read_tokenizer(
     spec = recipe.data.tokenizer
     if spec is None and config.tokenizer != "bytes":
         # beside the weights, or beside the model's YAML
-        spec = str((source if source.is_dir() else source.parent) / config.tokenizer)
+        is_yaml = not source.is_dir()
+        spec = str(
+            source.parent / config.tokenizer if is_yaml else resolve(source, config.tokenizer)
+        )
     spec = spec or "bytes"
     tokenizer = load_tokenizer(spec)
     if tokenizer.vocab_size > config.vocab_size:

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hybridzoo.checkpoint.io import sync
+from hybridzoo.checkpoint.io import locked, sync
 from hybridzoo.errors import CheckpointError
 
 _NAME = re.compile(r"step-(\d{8,})")
 _POINTER, _INFO, _HALF = "latest", "trainer.json", "tmp-"
+
+
+@contextmanager
+def held(root: Path) -> Iterator[None]:
+    """Keep other trainers out of a run's directory, which is made, and removed if left empty."""
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(root, "training into"):
+            yield
+    finally:
+        # what was refused before its first step leaves no trace; a directory with files stays
+        with suppress(OSError):
+            root.rmdir()
 
 
 def write(

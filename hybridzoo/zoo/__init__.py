@@ -188,10 +188,14 @@ def load_tokenizer_of(source: str | Path, config: HybridConfig) -> Tokenizer:
 
     Raises:
         ConfigError: the file that the config names is not beside the weights.
+        CheckpointError: it lies outside their directory.
     """
     if config.tokenizer == "bytes":
         return load_tokenizer("bytes")
-    return load_tokenizer(find_directory(source) / config.tokenizer)
+
+    from hybridzoo.checkpoint.reader import resolve
+
+    return load_tokenizer(resolve(find_directory(source), config.tokenizer))
 
 
 def _shipped(folder: str) -> Path:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from hybridzoo.checkpoint.io import INDEX_FILE, SINGLE_FILE, plan, write
-from hybridzoo.checkpoint.reader import Reader, resolve
+from hybridzoo.checkpoint.reader import Reader, read_json, resolve
 from hybridzoo.checkpoint.shard import Spec
 from hybridzoo.errors import CheckpointError
 
@@ -183,6 +183,23 @@ BAD_FILES = {
     "negative": (_entries(lambda e: e["a"].update(shape=[-3, -5])), "whole numbers"),
     "float shape": (_entries(lambda e: e["a"].update(shape=[3.0, 5])), "whole numbers"),
     "shape": (_entries(lambda e: e["a"].update(shape=[3, 6])), "spans 60 bytes.*has 72"),
+    "dtype a list": (_entries(lambda e: e["a"].update(dtype=[])), r"dtype \[\]"),
+    "lone surrogate": (
+        _entries(lambda e: e.update({"\ud800": e.pop("a")})),
+        "header that is not JSON",
+    ),
+    "shape of a book": (
+        _entries(lambda e: e["a"].update(shape=[10**18] * 1000)),
+        r"shape \[.*, \.\.\.\]; a tensor has < 2\*\*63",
+    ),
+    "header utf-16": (
+        _header(lambda text: text.decode().encode("utf-16")),
+        "header that is not JSON",
+    ),
+    "metadata of objects": (
+        _entries(lambda e: e.update(__metadata__={"a": {}})),
+        "metadata {'a': {}}",
+    ),
     "entry": (_entries(lambda e: e.update(a=3)), "dtype None"),
     "overlap": (_entries(lambda e: e["c"].update(data_offsets=[56, 152])), "overlaps"),
     "hole": (_entries(lambda e: e.pop("c")), "hole"),
@@ -262,6 +279,14 @@ def test_bad_index_is_refused(tmp_path, case):
     with pytest.raises(CheckpointError, match=said) as refused:
         Reader(tmp_path / "model")
     assert str(tmp_path) in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_json_of_absurd_size_is_not_read(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text("{}")
+    os.truncate(path, 10**11)
+    with pytest.raises(CheckpointError, match=r"config\.json: 100000000000 bytes; no such file"):
+        read_json(path)
 
 
 def test_missing_directory_is_refused(tmp_path):

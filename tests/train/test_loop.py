@@ -10,8 +10,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from hybridzoo.checkpoint import load
+from hybridzoo.checkpoint import load, save
 from hybridzoo.errors import ConfigError
+from hybridzoo.tokenizer import load_tokenizer
 from hybridzoo.train import loop, optim
 from hybridzoo.train.log import plot, read_log
 from hybridzoo.train.loop import Trainer, train
@@ -284,6 +285,7 @@ def test_tokens_json_travels_with_the_checkpoint(tmp_path):
 
     words = {"fox": 0, "dog": 1, "[UNK]": 2, "</s>": 3}
     Tokenizer(WordLevel(words, unk_token="[UNK]")).save(str(tmp_path / "words.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "dog"}')
     recipe = runs.recipe(tmp_path, steps=1, eval_every=0)
     (tmp_path / "text.txt").write_text("fox " * 200)
     data = {"source": str(tmp_path / "text.txt"), "seq_len": 1}
@@ -292,3 +294,33 @@ def test_tokens_json_travels_with_the_checkpoint(tmp_path):
     last = loop.train(recipe, console=runs.quiet())
     assert load(last).config.tokenizer == "tokenizer.json"
     assert (last / "tokenizer.json").read_bytes() == (tmp_path / "words.json").read_bytes()
+    assert load_tokenizer(last).eos_id == words["dog"]
+
+
+def test_a_model_trained_on_bytes_is_a_model_of_bytes(tmp_path):
+    """Whatever tokenizer the checkpoint had that it started from: the new one must load alone."""
+    recipe = runs.recipe(tmp_path, steps=1, eval_every=0)
+    save(runs.model(tokenizer="tokenizer.json"), tmp_path / "start")
+    data = {**recipe.to_dict()["data"], "tokenizer": "bytes"}
+    start = {"model": str(tmp_path / "start"), "data": data}
+    last = loop.train(type(recipe).from_dict(recipe.to_dict() | start), console=runs.quiet())
+    assert load(last).config.tokenizer == "bytes"
+
+
+def test_held_out_bits_a_byte_count_the_held_out_bytes(tmp_path):
+    """A token of the held-out text may stand for fewer bytes than one of the training text."""
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
+
+    tokenizer = Tokenizer(WordLevel({"seventeen": 0, "a": 1, "</s>": 2}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    recipe = runs.recipe(tmp_path, ema=0.0, eval_batches=0, steps=1, eval_every=1)
+    text = "seventeen " * 190 + "a " * 50
+    (tmp_path / "text.txt").write_text(text)
+    data = {**recipe.to_dict()["data"], "tokenizer": str(tmp_path / "tokenizer.json")}
+    recipe = type(recipe).from_dict(recipe.to_dict() | {"data": data})
+    loop.train(recipe, console=runs.quiet())
+    (record,) = (r for r in read_log(tmp_path / "run" / "log.jsonl") if "val_loss" in r)
+    # the last 100 of 2000 bytes, "a " 50 times: two bytes a token
+    assert record["val_bits_per_byte"] == pytest.approx(record["val_loss"] / math.log(2) / 2)

@@ -10,7 +10,7 @@ import torch
 
 import hybridzoo
 from hybridzoo import HybridConfig, HybridLM, list_models, load, zoo
-from hybridzoo.errors import ConfigError
+from hybridzoo.errors import CheckpointError, ConfigError
 from hybridzoo.tokenizer import ByteTokenizer
 from hybridzoo.zoo import find_config, load_tokenizer_of
 
@@ -177,6 +177,18 @@ def test_tokenizer_is_the_one_beside_the_weights(small_zoo):
     assert load_tokenizer_of("mine", named).encode("b") == [1]
     with pytest.raises(ConfigError, match=r"words\.json does not exist"):
         load_tokenizer_of("small", named)
+
+
+@pytest.mark.parametrize("name", ["../secret.json", "{}/secret.json", "link.json"])
+def test_tokenizer_outside_the_checkpoint_is_not_read(small_zoo, name):
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save("secret.json")
+    (small_zoo / "mine").mkdir()
+    (small_zoo / "mine" / "link.json").symlink_to(Path("secret.json").resolve())
+    config = HybridConfig.from_dict(CONFIG).with_options(tokenizer=name.format(Path.cwd()))
+    with pytest.raises(CheckpointError, match="leads out of the directory"):
+        load_tokenizer_of("mine", config)
 
 
 @pytest.mark.parametrize("entry", list_models(), ids=lambda entry: entry.name)
