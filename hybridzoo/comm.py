@@ -124,11 +124,8 @@ class _SumGrads(torch.autograd.Function):
             buffers.append(buffer)
         flat = axis.all_reduce(torch.cat([b.reshape(-1) for b in buffers]))
         summed = flat.split([b.numel() for b in buffers])
-        return (
-            None,
-            None,
-            *(
-                s.view(u, -1)[row].view_as(g).to(g.dtype)
-                for s, g, u, row in zip(summed, grads, ctx.units, rows, strict=True)
-            ),
-        )
+        mine = [
+            s.view(u, -1)[row].view_as(g).to(g.dtype)
+            for s, g, u, row in zip(summed, grads, ctx.units, rows, strict=True)
+        ]
+        return None, None, *mine

@@ -196,14 +196,10 @@ class Layer(nn.Module):
 
     def partial_params(self) -> dict[str, Tensor]:
         """The parameters held in copies, by name; their gradients are summed over ranks at once."""
-        names = list(self._partial)
         # attributes, not get_parameter: functional_call puts plain tensors there
-        params = [attrgetter(n)(self) for n in names]
-        return dict(
-            zip(
-                names, self.parallel.tp.sum_grads(params, list(self._partial.values())), strict=True
-            )
-        )
+        params = [attrgetter(name)(self) for name in self._partial]
+        summed = self.parallel.tp.sum_grads(params, list(self._partial.values()))
+        return dict(zip(self._partial, summed, strict=True))
 
     def project(self, name: str, x: Tensor, partial: Mapping[str, Tensor]) -> list[Tensor]:
         """Apply the fused projection `name` and return its parts in written order."""
@@ -241,13 +237,12 @@ class Layer(nn.Module):
     @torch.no_grad()
     def init_weights(self, seed: int, prefix: str, n_sublayers: int) -> None:
         """Draw every parameter in full, seeded by its name, then keep this rank's cut."""
+        tp = self.parallel.tp
         for name, p in self.table.items():
             full = p.init(p.shape, seeded(seed, prefix + name))
             if p.residual:
                 full /= n_sublayers**0.5
-            for local, piece in p.cut.shard(
-                name, full, self.parallel.tp.world, self.parallel.tp.rank
-            ).items():
+            for local, piece in p.cut.shard(name, full, tp.world, tp.rank).items():
                 self.get_parameter(local).copy_(piece)
 
 

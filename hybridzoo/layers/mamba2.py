@@ -126,11 +126,8 @@ class Mamba2Config(LayerConfig):
         i, h = self.widths(d_model)
         z, x, B, C, dt = self.parts(d_model)
         rows, conv, heads = Split(0, (z, x, B, C, dt)), Split(0, (x, B, C)), Split(0, (dt,))
-        n_rows, n_conv, fan = (
-            sum(p.width for p in rows.parts),
-            sum(p.width for p in conv.parts),
-            init.fan_in_uniform,
-        )
+        n_rows, n_conv = (sum(p.width for p in cut.parts) for cut in (rows, conv))
+        fan = init.fan_in_uniform
         table = {"in_proj.weight": Param((n_rows, d_model), fan(d_model), rows)}
         if self.in_proj_bias:
             table["in_proj.bias"] = Param((n_rows,), fan(d_model), rows, decay=False)
@@ -172,12 +169,9 @@ class Mamba2Config(LayerConfig):
         i, _ = self.widths(d_model)
         z, x, B, C, dt = (p.width for p in self.parts(d_model))
         projections = 2 * d_model * (z + x + B + C + dt) + 2 * i * d_model
-        return (
-            projections
-            + 2 * (x + B + C) * self.d_conv
-            + 5 * i * self.d_state
-            + (8 if self.norm != "none" else 4) * i
-        )
+        convolution = 2 * (x + B + C) * self.d_conv
+        skip_and_gate = (8 if self.norm != "none" else 4) * i
+        return projections + convolution + 5 * i * self.d_state + skip_and_gate
 
     def build(self, d_model: int, **where: Any) -> Mamba2:
         """The module."""
@@ -196,14 +190,12 @@ class Mamba2(Layer):
         self.dt_bias, self.A_log = self.param("dt_bias"), self.param("A_log")
         self.D = self.param("D")
         if config.norm != "none":
-            weight, group_size = (
-                self.param("norm.weight"),
-                config.widths(d_model)[0] // config.n_groups,
-            )
-            norm_first = config.norm == "norm_first"
+            # a full group's channels, also where several ranks hold them
+            group_size = config.widths(d_model)[0] // config.n_groups
             self.norm = GatedRMSNorm(
-                weight, config.norm_eps, group_size, norm_first, parallel=self.parallel
-            )
+                self.param("norm.weight"), config.norm_eps, group_size,
+                config.norm == "norm_first", parallel=self.parallel,
+            )  # fmt: skip
         self.out_proj = self.linear("out_proj")
 
     def forward(self, x: Tensor, state: State | None, ctx: Sequence) -> Tensor:
@@ -211,10 +203,8 @@ class Mamba2(Layer):
         partial = self.partial_params()
         z, x, B, C, dt = self.project("in_proj", x, partial)
         widths = [x.shape[-1], B.shape[-1], C.shape[-1]]
-        conv_weight, conv_bias = (
-            self._whole("conv_weight", partial),
-            self._whole("conv_bias", partial),
-        )
+        conv_weight = self._whole("conv_weight", partial)
+        conv_bias = self._whole("conv_bias", partial)
         # blank before the convolution, which reads neighbours, and after it, whose bias would
         # refill padding.
         xBC, conv_state = causal_conv1d(

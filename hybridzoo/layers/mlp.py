@@ -51,12 +51,8 @@ class MLPConfig(LayerConfig):
     def params(self, d_model: int) -> dict[str, Param]:
         """The table; gate_up_proj holds the rows gate | up."""
         unit = Part(self.d_ff, self.d_ff, "d_ff")
-        name, rows = (
-            ("gate_up_proj", Split(0, (unit, unit)))
-            if self.gated
-            else ("up_proj", Split(0, (unit,)))
-        )
-        n_rows = sum(p.width for p in rows.parts)
+        name, n = ("gate_up_proj", 2) if self.gated else ("up_proj", 1)
+        rows, n_rows = Split(0, (unit,) * n), n * self.d_ff
         table = {f"{name}.weight": Param((n_rows, d_model), init.normal(0.02), rows)}
         if self.bias:
             table[f"{name}.bias"] = Param((n_rows,), init.constant(0.0), rows, decay=False)

@@ -117,11 +117,8 @@ class MoEConfig(LayerConfig):
     def flops(self, d_model: int, context: int) -> int:
         """Router, the picked experts and the shared one."""
         width = self.top_k * self.d_ff + (self.shared_d_ff or 0)
-        return (
-            2 * d_model * self.n_experts
-            + 2 * d_model * width * (3 if self.gated else 2)
-            + 2 * width
-        )
+        experts = 2 * d_model * width * (3 if self.gated else 2) + 2 * width
+        return 2 * d_model * self.n_experts + experts
 
     def build(self, d_model: int, **where: Any) -> MoE:
         """The module."""
@@ -140,15 +137,11 @@ class MoE(Layer):
         super().__init__(config, d_model, **where)
         self.expert_up_weight = self.param("expert_up_weight")
         self.expert_down_weight = self.param("expert_down_weight")
-        self.router_weight, self.correction_bias = (
-            self.param("router_weight"),
-            self.param("correction_bias"),
-        )
+        self.router_weight = self.param("router_weight")
+        self.correction_bias = self.param("correction_bias")
         if config.shared_d_ff:
-            self.shared_up_proj, self.shared_down_proj = (
-                self.linear("shared_up_proj"),
-                self.linear("shared_down_proj"),
-            )
+            self.shared_up_proj = self.linear("shared_up_proj")
+            self.shared_down_proj = self.linear("shared_down_proj")
 
     def forward(self, x: Tensor, state: State | None, ctx: Sequence) -> Tensor:
         """(b, l, d) -> this rank's share of (b, l, d); the balance losses go to ctx.aux."""
@@ -161,10 +154,8 @@ class MoE(Layer):
             ctx.aux.append(self._balance(logits, scores, chosen, ctx))
         y = self._experts(tokens, weights, chosen)
         if self.config.shared_d_ff:
-            hidden = activate(
-                self.shared_up_proj(tokens), self.config.activation, self.config.gated
-            )
-            y = y + self.shared_down_proj(hidden)
+            up = self.shared_up_proj(tokens)
+            y = y + self.shared_down_proj(activate(up, self.config.activation, self.config.gated))
         return y.view(x.shape)
 
     @torch.no_grad()
@@ -200,12 +191,8 @@ class MoE(Layer):
 
     def _best_groups(self, choice: Tensor) -> Tensor:
         groups = choice.unflatten(-1, (self.config.n_expert_groups, -1))  # (t, groups, e / groups)
-        best = (
-            groups.topk(min(2, groups.shape[-1]), -1)
-            .values.sum(-1)
-            .topk(self.config.top_k_groups, -1)
-            .indices
-        )
+        totals = groups.topk(min(2, groups.shape[-1]), -1).values.sum(-1)
+        best = totals.topk(self.config.top_k_groups, -1).indices
         keep = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter(-1, best, True)
         return groups.masked_fill(~keep[..., None], -torch.inf).flatten(-2)
 
@@ -223,9 +210,8 @@ class MoE(Layer):
         y = grouped_mm(hidden.to(dtype), down_weight, offsets)
         # back through the inverse permutation and a sum over k: deterministic, unlike index_add on
         # a GPU.
-        back = torch.empty_like(order).scatter_(
-            0, order, torch.arange(len(order), device=order.device)
-        )
+        rows = torch.arange(len(order), device=order.device)
+        back = torch.empty_like(order).scatter_(0, order, rows)
         picked = y[back].unflatten(0, (-1, self.config.top_k))
         return (picked * weights[..., None].to(dtype)).sum(1)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -58,13 +56,10 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
         """(b, l, i) from the mixer's output y and the gate z, both (b, l, i)."""
-        if y.shape[-1] % self.group_size == 0:
-            options: dict[str, Any] = {
-                "group_size": self.group_size,
-                "norm_before_gate": self.norm_before_gate,
-            }
-            return gated_rms_norm(y, z, self.weight, eps=self.eps, **options)
-        return self._across_ranks(y, z)
+        if y.shape[-1] % self.group_size:
+            return self._across_ranks(y, z)
+        order = {"norm_before_gate": self.norm_before_gate}
+        return gated_rms_norm(y, z, self.weight, eps=self.eps, group_size=self.group_size, **order)
 
     def _across_ranks(self, y: Tensor, z: Tensor) -> Tensor:
         # one group's channels lie on several ranks: its squares are summed over them and divided by
@@ -76,6 +71,6 @@ class GatedRMSNorm(nn.Module):
         mine = self.tp.rank * n_groups // self.tp.world
         squares = nn.functional.pad(u.square().sum(-1, keepdim=True), (mine, n_groups - 1 - mine))
         mean = self.tp.sum_both(squares)[..., mine : mine + 1] / self.group_size
-        # the cast before the weight is the family's: weight multiplies in the activations' dtype.
-        normed = (u * torch.rsqrt(mean + self.eps)).to(y.dtype) * self.weight.to(y.dtype)
-        return normed * gate.to(y.dtype) if self.norm_before_gate else normed
+        # cast where the op casts, so that tp changes no rounding
+        normed = (u * torch.rsqrt(mean + self.eps)).to(y.dtype) * self.weight
+        return (normed * gate if self.norm_before_gate else normed).to(y.dtype)

@@ -7,6 +7,7 @@ import torch
 
 from hybridzoo.comm import SINGLE
 from hybridzoo.errors import ConfigError
+from hybridzoo.layers.norm import GatedRMSNorm
 from tests import gloo
 from tests.layers.cases import CASES, D_MODEL, VARIANTS, full_weights, randn
 from tests.layers.tp import joined, local_state, run_aux, run_init, run_layer
@@ -48,6 +49,21 @@ def test_ranks_compute_one_ranks_function(config, world):
     table = {k: p for k, p in config.params(D_MODEL).items() if p.trained}
     for name, grad in joined(table, [r.grads for r in ranks]).items():
         assert_close(grad, one.grads[name], f"gradient of {name}")
+
+
+def run_gated_norm(parallel, y, z, weight):
+    rank, world = parallel.tp.rank, parallel.tp.world
+    y, z, weight = (t.chunk(world, -1)[rank] for t in (y, z, weight))
+    norm = GatedRMSNorm(torch.nn.Parameter(weight), 0.0, 12, True, parallel=parallel)
+    return norm(y, z).detach()
+
+
+def test_a_norm_across_ranks_rounds_as_on_one_rank():
+    # signs alone: their sum of squares is exact in any order, so that only the roundings remain
+    y, z, weight = (randn(*s).bfloat16() for s in ((2, 31, 12), (2, 31, 12, 1), (12,)))
+    y, z = y.sign(), z[..., 0]
+    one = run_gated_norm(SINGLE, y, z, weight)
+    assert torch.equal(torch.cat(gloo.run(2, run_gated_norm, y, z, weight), -1), one)
 
 
 @every_run
