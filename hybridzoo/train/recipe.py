@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Literal, Self
 from hybridzoo.errors import ConfigError
 from hybridzoo.options import check_fields, read_file, read_options
 from hybridzoo.train.data import Packing
+from hybridzoo.train.documents import CORPORA
 
 # keys that a resumed run may change: none of them is part of what one step computes, but for
 # steps, which a longer run must be able to raise.
@@ -40,7 +42,8 @@ class DataRecipe:
 class Recipe:
     """One training run.
 
-    Paths in a file are relative to that file, but for output, which is relative to the caller.
+    Paths in a file are relative to that file, but for output, which is relative to the caller; ~ is
+    the home directory.
 
     Attributes:
         model: a model YAML, or a checkpoint directory to start from.
@@ -117,8 +120,8 @@ class Recipe:
         options = read_file(path)
         try:
             recipe = cls.from_dict(options)
-            recipe = recipe.resolved(Path(path).parent)
-            return replace(recipe, **changes)
+            recipe = replace(recipe.resolved(Path(path).parent), **changes)
+            return replace(recipe, output=_path("", recipe.output))
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
 
@@ -137,11 +140,13 @@ class Recipe:
     def resolved(self, root: Path) -> Self:
         """A copy with model, source and tokenizer as paths from `root`; a corpus keeps its name."""
         data = self.data
-        if "/" in data.source or Path(data.source).suffix:
-            data = replace(data, source=str(root / data.source))
+        if data.source not in CORPORA:
+            # brackets in the name of the recipe's directory are no part of a glob
+            home = glob.escape(str(root)) if glob.has_magic(data.source) else root
+            data = replace(data, source=_path(home, data.source))
         if data.tokenizer not in (None, "bytes"):
-            data = replace(data, tokenizer=str(root / data.tokenizer))
-        return replace(self, model=str(root / self.model), data=data)
+            data = replace(data, tokenizer=_path(root, data.tokenizer))
+        return replace(self, model=_path(root, self.model), data=data)
 
     def changed_key(self, other: Mapping[str, Any]) -> str | None:
         """The first key, dotted, in which the plain recipe `other` is another run than this one.
@@ -169,6 +174,10 @@ class Recipe:
             if not is_fine:
                 value = getattr(self, name)
                 raise ConfigError(f"{name}: out of range ({value}); it {rule}. Change the value.")
+
+
+def _path(root: str | Path, name: str) -> str:
+    return str(root / Path(name).expanduser())
 
 
 def _flat(options: Mapping[str, Any]) -> dict[str, Any]:

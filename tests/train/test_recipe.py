@@ -7,6 +7,8 @@ import pytest
 import yaml
 
 from hybridzoo.errors import ConfigError
+from hybridzoo.tokenizer import ByteTokenizer
+from hybridzoo.train.documents import load_documents
 from hybridzoo.train.recipe import FREE_KEYS, Recipe
 from tests.train import runs
 
@@ -42,6 +44,28 @@ def test_paths_are_relative_to_the_file_and_output_to_the_caller(tmp_path):
     data = {"source": "shakespeare", "seq_len": 8}
     path.write_text(yaml.safe_dump(NEEDED | {"data": data}))
     assert Recipe.load(path).data.source == "shakespeare"
+    path.write_text(yaml.safe_dump(NEEDED | {"data": data | {"source": "my text"}}))
+    assert Recipe.load(path).data.source == str(path.parent / "my text")
+
+
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    path = tmp_path / "r.yaml"
+    data = {"source": "~/t*.txt", "seq_len": 8, "tokenizer": "~/tok.json"}
+    path.write_text(yaml.safe_dump(NEEDED | {"model": "~/m", "output": "~/o", "data": data}))
+    recipe = Recipe.load(path)
+    assert (recipe.model, recipe.output) == ("/home/me/m", "/home/me/o")
+    assert (recipe.data.source, recipe.data.tokenizer) == ("/home/me/t*.txt", "/home/me/tok.json")
+    assert Recipe.load(path, output="~/p").output == "/home/me/p"
+
+
+def test_brackets_in_the_recipes_directory_are_no_part_of_a_glob(tmp_path):
+    path = tmp_path / "a [1]" / "r.yaml"
+    path.parent.mkdir()
+    (path.parent / "t.txt").write_text("text of a document")
+    path.write_text(yaml.safe_dump(NEEDED | {"data": {"source": "*.txt", "seq_len": 8}}))
+    source = Recipe.load(path).data.source
+    assert load_documents(source, ByteTokenizer(), "all").n_bytes == 18
 
 
 MISTAKES = [
