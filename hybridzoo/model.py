@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -95,7 +96,8 @@ class HybridLM(nn.Module):
         seed: of the initial weights, which do not depend on tp.
         parallel: this process's place among tensor-parallel ranks.
         device: where the parameters live; "meta" builds without memory.
-        dtype: of the parameters; A_log, D and dt_bias stay at least fp32.
+        dtype: of the parameters; A_log, D and dt_bias stay at least fp32 (model.to(dtype) casts
+            them with the rest, as torch does).
         init: False leaves the parameters' memory as it is, for a loader to fill.
     """
 
@@ -181,7 +183,7 @@ class HybridLM(nn.Module):
         h = _scaled(self.embed(input_ids), self.config.embedding_multiplier)
         if self.config.residual_fp32:
             h = h.to(torch.promote_types(h.dtype, torch.float32))
-        delta = None
+        ctx, delta = replace(ctx, embed0=h), None
         for i, block in enumerate(self.blocks):
             h, delta = block(h, delta, state[i] if state else None, ctx)
         return self.norm(_scaled(delta, self.config.residual_multiplier), residual=h)[0]

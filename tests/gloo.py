@@ -1,9 +1,8 @@
 """Run one function on n CPU processes joined by gloo.
 
 The processes are started once a world size and kept. A failing rank's traceback is raised at once,
-though the others
-may be stuck in a collective; a silent rank is named after TIMEOUT_S. Either way the processes are
-then killed.
+though the others may be stuck in a collective; a silent rank is named after TIMEOUT_S. Either way
+the processes are then killed.
 """
 
 import atexit

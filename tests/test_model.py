@@ -324,6 +324,20 @@ def test_a_replaced_layer_is_used():
     assert not torch.equal(middle, model(randint(2, 9)))
 
 
+class Embedded(nn.Module):
+    def forward(self, x, state, ctx):
+        return ctx.embed0
+
+
+def test_layers_may_read_the_embeddings_again():
+    config = make_config(pattern="FF", layers_at={}, residual_multiplier=1.0)
+    model, ids = make_model(config), randint(2, 9)
+    for block in model.blocks:
+        block.layer = Embedded()
+    multiplier = config.embedding_multiplier * (1 + 2 * config.layers["F"].output_multiplier)
+    assert_close(model(ids), model.logits(model.norm(model.embed(ids) * multiplier)[0]))
+
+
 def test_a_deep_copy_is_independent():
     model, ids = make_model(), randint(2, 9)
     twin = copy.deepcopy(model)

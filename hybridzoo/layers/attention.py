@@ -73,11 +73,8 @@ class AttentionConfig(LayerConfig):
 
     def widths(self, d_model: int) -> tuple[int, int, int]:
         """(n_heads, n_kv_heads, head_dim)."""
-        return (
-            self.n_heads,
-            self.n_kv_heads or self.n_heads,
-            self.head_dim or d_model // self.n_heads,
-        )
+        n_kv_heads = self.n_kv_heads or self.n_heads
+        return self.n_heads, n_kv_heads, self.head_dim or d_model // self.n_heads
 
     def rotary_dim(self, d_model: int) -> int:
         """Channels of a head that rotary embedding turns."""
@@ -140,17 +137,14 @@ class Attention(Layer):
 
     def forward(self, x: Tensor, state: State | None, ctx: Sequence) -> Tensor:
         """(b, l, d) -> this rank's share of (b, l, d)."""
-        q, k, v = (
-            t.unflatten(-1, (-1, self.head_dim))
-            for t in self.project("qkv_proj", x, self.partial_params())
-        )  # (b, l, h, p), (b, l, hk, p)
+        parts = self.project("qkv_proj", x, self.partial_params())
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in parts)  # (b, l, h or hk, p)
         positions = ctx.local_positions(x)
         if state:
             positions = self._absolute(positions, state, ctx)
         if self.rotary_dim:
-            q, k = (
-                apply_rope(t, positions, self.config.rope_theta, self.rotary_dim) for t in (q, k)
-            )
+            turn = (positions, self.config.rope_theta, self.rotary_dim)
+            q, k = apply_rope(q, *turn), apply_rope(k, *turn)
         options = {"scale": self.config.softmax_scale, "window_size": self.config.window_size}
         if state:
             o = self._cached(q, k, v, positions, state, ctx, options)
