@@ -119,11 +119,9 @@ def generate(
     _use_kernels(kernels)
     lm = load(model, dtype=_dtype(dtype, place), device=place)
     tokenizer = load_tokenizer_of(model, lm.config)
-    import torch
-
     steps = stream(
         lm,
-        torch.tensor([_encode(prompt, tokenizer)], dtype=torch.int64),
+        _encode(prompt, tokenizer),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -241,14 +239,16 @@ def _use_kernels(text: str) -> None:
     set_backends(parse_backends(text))
 
 
-def _encode(prompt: str, tokenizer: Tokenizer) -> list[int]:
+def _encode(prompt: str, tokenizer: Tokenizer) -> torch.Tensor:
+    import torch
+
     ids = tokenizer.encode_prompt(prompt)
     if not ids:
         raise ConfigError(
             "--prompt: empty (''); this model's tokenizer has no token that starts a text. Write a "
             "word or two to continue."
         )
-    return ids
+    return torch.tensor([ids])
 
 
 def _print_text(prompt: str, steps: Iterator[torch.Tensor], tokenizer: Tokenizer) -> None:
