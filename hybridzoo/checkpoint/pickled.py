@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from pathlib import Path
 
 import torch
@@ -12,6 +13,16 @@ from hybridzoo.checkpoint.io import Layout, plan
 from hybridzoo.checkpoint.shard import DTYPE_NAMES, Spec
 from hybridzoo.errors import CheckpointError
 
+# what an unpickler may raise on bytes that are no pickle, says Python's documentation, and torch's.
+_NOT_A_PICKLE = (
+    pickle.UnpicklingError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 _SUFFIXES = (".bin", ".pt", ".pth")
 
 
@@ -26,7 +37,7 @@ class PickleReader:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        paths = sorted(p for p in directory.iterdir() if p.suffix in _SUFFIXES)
+        paths = sorted(p for p in directory.iterdir() if p.suffix in _SUFFIXES and p.is_file())
         # a training run's arguments and optimizer are no weights.
         paths = [p for p in paths if p.stem not in ("training_args", "optimizer", "scheduler")]
         if not paths:
@@ -53,17 +64,21 @@ class PickleReader:
 
     def _add(self, path: Path) -> None:
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            # torch before 1.6 wrote no zip, which alone can be mapped
+            is_zip = zipfile.is_zipfile(path)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        except _NOT_A_PICKLE as error:
+            said = str(error).splitlines() or [type(error).__name__]
             raise CheckpointError(
-                f"{path}: not a pickle of plain tensors ({str(error).splitlines()[0]}); nothing "
+                f"{path}: not a pickle of plain tensors ({said[0]}); nothing "
                 "else is unpickled. Get safetensors."
             ) from None
         if not isinstance(content, dict) or not all(
-            isinstance(v, Tensor) for v in content.values()
+            isinstance(k, str) and isinstance(v, Tensor) and v.layout == torch.strided
+            for k, v in content.items()
         ):
             raise CheckpointError(
-                f"{path}: not a mapping of names to tensors; a state dict is one. Save "
+                f"{path}: not a mapping of names to dense tensors; a state dict is one. Save "
                 "model.state_dict() alone."
             )
         for name, tensor in content.items():

@@ -327,6 +327,39 @@ def test_pickled_weights_are_converted_only_when_asked(made, tmp_path):
         assert torch.equal(load(tmp_path / "native").eval()(tiny.ids), ours(tiny.ids))
 
 
+def test_pickle_of_the_first_torches_is_converted(made, tmp_path):
+    tiny, ours = made("dense")
+    source = tmp_path / "pickled"
+    shutil.copytree(tiny.directory, source)
+    weights = families.load_file(source / "model.safetensors")
+    path = source / "pytorch_model.bin"
+    torch.save(weights, path, _use_new_zipfile_serialization=False)
+    convert(source, tmp_path / "native", from_pickle=True)
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "native").eval()(tiny.ids), ours(tiny.ids))
+
+
+BAD_PICKLES = {
+    "empty": b"",
+    "junk": b"junk" * 50,
+    "code": b"cos\nsystem\n(S'touch run'\ntR.",
+    "number": {3: torch.ones(2)},
+    "sparse": {"a": torch.eye(3).to_sparse()},
+}
+
+
+@pytest.mark.parametrize("case", BAD_PICKLES)
+def test_pickle_of_anything_but_dense_tensors_is_refused(made, tmp_path, monkeypatch, case):
+    tiny, _ = made("dense")
+    shutil.copy(tiny.directory / "config.json", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    content, path = BAD_PICKLES[case], tmp_path / "pytorch_model.bin"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: not a .*tensors"):
+        convert(tmp_path, tmp_path / "out", from_pickle=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_unknown_family_is_refused_with_the_known_ones(made, tmp_path):
     tiny, _ = made("dense")
     with pytest.raises(CheckpointError, match=r"'jambaa'.*did you mean jamba\?.*hybridzoo, jamba"):

@@ -6,7 +6,7 @@ from importlib import import_module
 
 from hybridzoo.checkpoint.convert.base import Family
 from hybridzoo.errors import CheckpointError
-from hybridzoo.options import suggest
+from hybridzoo.options import shown, suggest
 
 # config.json's model_type -> where its Family is.
 CONVERTERS = {
@@ -21,7 +21,7 @@ def family(model_type: object) -> Family:
     if not isinstance(model_type, str) or model_type not in CONVERTERS:
         known = [MODEL_TYPE, *sorted(CONVERTERS)]
         raise CheckpointError(
-            f"unknown model_type ({model_type!r}); {suggest(str(model_type), known)}"
+            f"unknown model_type ({shown(model_type)}); {suggest(shown(model_type), known)}"
             f"known: {', '.join(known)}. Convert it to one of these."
         )
     module, name = CONVERTERS[model_type].split(":")

@@ -10,7 +10,7 @@ from hybridzoo.checkpoint.convert import names
 from hybridzoo.checkpoint.convert.base import Family, compact
 from hybridzoo.config import HybridConfig
 from hybridzoo.errors import CheckpointError
-from hybridzoo.options import checked, suggest
+from hybridzoo.options import checked, shown, suggest
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -136,7 +136,7 @@ def _options(published: Mapping[str, Any]) -> dict[str, Any]:
     for key in published:
         if key not in _KEYS and not _IGNORED.fullmatch(key):
             raise CheckpointError(
-                f"{key} is not a key of jamba ({published[key]!r}); {suggest(key, _KEYS)}an "
+                f"{key} is not a key of jamba ({shown(published[key])}); {suggest(key, _KEYS)}an "
                 "unknown key may change the function. Remove it if it does not."
             )
     options = {
@@ -146,7 +146,7 @@ def _options(published: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("sliding_window", "quantization_config"):
         if options[key] is not None:
             raise CheckpointError(
-                f"{key} is set ({options[key]!r}); hybridzoo reads Jamba without it. Use a "
+                f"{key} is set ({shown(options[key])}); hybridzoo reads Jamba without it. Use a "
                 "checkpoint that has it null."
             )
     act = options["hidden_act"]
@@ -181,8 +181,8 @@ def _pairs(options: Mapping[str, Any]) -> list[str]:
     for key in ("layers_block_type", "layer_types"):
         if options[key] is not None and options[key] not in spelled:
             raise CheckpointError(
-                f"{key} ({options[key]!r}) disagrees with attn_layer_period and attn_layer_offset; "
-                "both say which layers are attention. Mend config.json."
+                f"{key} ({shown(options[key])}) disagrees with attn_layer_period and "
+                "attn_layer_offset; both say which layers are attention. Mend config.json."
             )
     return pairs
 
