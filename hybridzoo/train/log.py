@@ -71,12 +71,20 @@ class Log:
 
 
 def read_log(path: Path) -> list[Record]:
-    """The records of a log.jsonl; a last line that a kill cut short is left out."""
+    """The records of a log.jsonl; lines that a kill or a power cut damaged are left out."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     # after the last newline stands nothing, or half a record
-    return [json.loads(line) for line in lines[:-1]]
+    return [record for line in lines[:-1] if (record := _record(line)) is not None]
+
+
+def _record(line: str) -> Record | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and "step" in record else None
 
 
 def plot(log_path: Path, image_path: Path) -> bool:

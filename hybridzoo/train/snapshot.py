@@ -106,7 +106,9 @@ def newest(root: Path, notice: Callable[[str], None]) -> tuple[Path, dict[str, A
     """
     found = _directories(root)
     pointer = root / _POINTER
-    named = root / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
+    # a power cut may leave any bytes
+    text = pointer.read_text(encoding="utf-8", errors="replace") if pointer.is_file() else None
+    named = None if text is None else root / text.strip()
     if named is not None and named not in found:
         notice(f"{pointer}: it names {named.name}, which is not there; looking for another.")
     # newer than the pointer: complete but for the pointer; a resume would write it again

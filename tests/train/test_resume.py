@@ -67,6 +67,21 @@ def test_a_log_that_ran_ahead_of_the_checkpoint_is_cut_back(tmp_path, straight):
     assert_same_run(tmp_path / "run", straight)
 
 
+def test_a_power_cut_in_log_and_pointer_stops_no_resume(tmp_path):
+    """Blocks that never reached the disk come back as zeros, or as what was there before."""
+    root = tmp_path / "run"
+    train(runs.recipe(tmp_path, steps=3), console=runs.quiet())
+    log = (root / "log.jsonl").read_bytes()
+    (root / "log.jsonl").write_bytes(log + b"\0" * 40 + b"\n\xff\n3\n")
+    (root / "latest").write_bytes(b"\xff\0")
+    console = runs.quiet()
+    assert (
+        train(runs.recipe(tmp_path, steps=3), resume=True, console=console).name == "step-00000003"
+    )
+    assert "which is not there; looking for another" in runs.said(console)
+    assert (root / "log.jsonl").read_bytes() == log
+
+
 def test_resuming_a_finished_run_changes_nothing(tmp_path, straight):
     shutil.copytree(straight, tmp_path / "run")
     recipe = runs.recipe(tmp_path)
