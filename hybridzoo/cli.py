@@ -148,7 +148,7 @@ def convert(
     """Rewrite a checkpoint in another layout, tensor by tensor."""
     from hybridzoo.zoo import find_directory
 
-    directory = find_directory(source)
+    directory, target = find_directory(source), target.expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(
             f"{target}: exists and is not empty; convert writes a new directory. Choose another."

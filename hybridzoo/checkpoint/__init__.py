@@ -59,6 +59,9 @@ def load(
         device: where the parameters are made and filled.
         parallel: this process's place among tensor-parallel ranks; each reads only its slices.
 
+    Returns:
+        The model in eval mode: dropout starts with model.train().
+
     Raises:
         CheckpointError: files, names, shapes or dtypes are not what config.json says; nothing was
             allocated.
@@ -70,7 +73,7 @@ def load(
         _say_what_is_cast(source, wanted)
     model = HybridLM(source.config, parallel=parallel, device=device, dtype=wanted, init=False)
     load_into(model, source)
-    return model
+    return model.eval()
 
 
 def _say_what_is_cast(source: Source, dtype: torch.dtype) -> None:

@@ -131,6 +131,9 @@ def load(
         device: where they go; None is the CPU.
         parallel: this process's place among tensor-parallel ranks; None is alone.
 
+    Returns:
+        The model in eval mode: dropout starts with model.train().
+
     Raises:
         ConfigError: there is no such name or directory, or the name has no embedded weights.
         CheckpointError: the directory's files are not a whole checkpoint.

@@ -199,3 +199,12 @@ def test_model_of_the_real_zoo_has_its_name_its_card_and_its_own_weights(entry):
         assert find_config(entry.weights_path) == entry.config
         model = hybridzoo.load(entry.name)
         assert model.generate(torch.tensor([[10]]), max_new_tokens=2, seed=0).shape == (1, 3)
+
+
+def test_loaded_model_drops_nothing_until_it_is_asked_to_train():
+    config = find_config("shakespeare")
+    assert config.dropout > 0
+    model = load("shakespeare", dtype=torch.float32)
+    ids = torch.arange(40, 60)[None]
+    assert torch.equal(model(ids), model(ids))
+    assert not torch.equal(model.train()(ids), model(ids))
