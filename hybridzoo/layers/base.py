@@ -6,6 +6,7 @@ w d_conv, s packed sequences.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
@@ -49,7 +50,7 @@ class Param:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerConfig:
+class LayerConfig(ABC):
     """Hyperparameters of one kind; a frozen dataclass whose fields are the YAML's keys.
 
     Attributes:
@@ -74,9 +75,9 @@ class LayerConfig:
         return read_options(cls, where, options, of=cls.kind)
 
     @classmethod
+    @abstractmethod
     def tiny(cls) -> Self:
         """A small instance with options off their defaults, for the contract tests."""
-        raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that differ from their defaults, and `kind`."""
@@ -90,24 +91,24 @@ class LayerConfig:
             **{k: list(v) if isinstance(v, tuple) else v for k, v in changed.items()},
         }
 
-    def check(self, where: str, d_model: int) -> None:
+    def check(self, where: str, d_model: int) -> None:  # noqa: B027 (some kinds have no rule)
         """Raise ConfigError where the hyperparameters cannot work together."""
 
+    @abstractmethod
     def params(self, d_model: int) -> dict[str, Param]:
         """Every canonical parameter, in order: shape, cut, start, decay, dtype."""
-        raise NotImplementedError
 
     def state(self, d_model: int, batch: int, max_len: int) -> dict[str, StateTensor]:
         """Every state tensor for `batch` sequences of at most `max_len` tokens, full sizes."""
         return {}
 
+    @abstractmethod
     def flops(self, d_model: int, context: int) -> int:
         """Forward floating-point operations of one token that has `context` tokens before it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def build(self, d_model: int, **where: Any) -> Layer:
         """The module; keyword arguments `parallel`, `device`, `dtype`."""
-        raise NotImplementedError
 
     def tp_plan(self, d_model: int) -> dict[str, Cut]:
         """How each parameter is cut, in full sizes."""
