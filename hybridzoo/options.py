@@ -116,7 +116,7 @@ def shown(value: Any) -> str:
 
 def suggest(word: str, known: typing.Iterable[str]) -> str:
     """'did you mean ...? ' when a known word is near, else nothing."""
-    near = difflib.get_close_matches(word, list(known), 1, 0.5)
+    near = difflib.get_close_matches(word, list(known), 1, 0.6)
     return f"did you mean {near[0]}? " if near else ""
 
 

@@ -173,7 +173,7 @@ class _Reader:
                 raise self.mistake(at)
             at = term.end() if term else at + 1
         if self.groups:
-            raise self.error(self.groups[-1][1], "'(' is never closed")
+            raise self.error(self.groups[-1][1], "'(' is never closed", "write ')' where it ends")
         if not self.places:
             raise self.error(0, "empty", "write one letter or more")
         self.check_segment(self.text.rfind("|"), "after")
@@ -190,16 +190,18 @@ class _Reader:
             return
         place = tuple(char for char in term["atom"] if char in _LETTERS)
         if term["atom"][0] == "[" and len(place) < 2:
-            raise self.error(term.start("atom"), "[..] needs two letters or more")
+            rule = "one letter alone stands without brackets"
+            raise self.error(term.start("atom"), "[..] needs two letters or more", rule)
         for i, char in enumerate(term["atom"]):
             if char in _LETTERS and char in term["atom"][:i]:
-                raise self.error(term.start("atom") + i, f"{char!r} is twice in one [..]")
+                rule = "give the second a letter of its own in layers"
+                raise self.error(term.start("atom") + i, f"{char!r} is twice in one [..]", rule)
         self.check_room(at, len(self.places) + count)
         self.places.extend([place] * count)
 
     def close_group(self, at: int) -> None:
         if not self.groups:
-            raise self.error(at, "')' closes no '('")
+            raise self.error(at, "')' closes no '('", "drop it, or open the group")
         column, opened, count, start = self.groups.pop()
         if not (size := len(self.places) - start):
             raise self.error(opened, "empty group", "'(' and ')' hold one term or more")
@@ -219,14 +221,16 @@ class _Reader:
         bad, char = parts.end(), self.text[parts.end() : parts.end() + 1]
         if parts["bracket"]:
             if not char:
-                return self.error(parts.start("bracket"), "'[' is never closed")
+                return self.error(
+                    parts.start("bracket"), "'[' is never closed", "write ']' after its letters"
+                )
             rule = _HINTS.get(char, "it holds letters only; a count goes before it")
             return self.error(bad, f"{_named(char)} inside [..]", rule)
         if parts["count"] and (not char or char in "|)]0123456789"):
             rule = "a count stands before a letter, '(' or '['"
             return self.error(at, "a count has nothing to repeat", rule)
         if char == "]":
-            return self.error(bad, "']' closes no '['")
+            return self.error(bad, "']' closes no '['", "drop it, or open the bracket")
         rule = _HINTS.get(char, "a place is one letter A-Z a-z")
         return self.error(bad, f"unknown character {_named(char)}", rule)
 

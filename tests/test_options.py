@@ -100,6 +100,7 @@ def test_a_dataclass_made_in_python_is_checked_too():
 def test_suggestions_are_near_or_absent():
     assert suggest("n_head", ["n_heads", "top_k"]) == "did you mean n_heads? "
     assert suggest("zzz", ["n_heads", "top_k"]) == ""
+    assert suggest("d_state", ["d_ff", "gated"]) == ""
 
 
 def write(folder, content, name="a.yaml"):
