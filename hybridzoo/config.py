@@ -207,9 +207,6 @@ class HybridConfig:
         change, where = self.layers_at[place], f"layers_at.{place}"
         if is_parallel:
             change, where = change.get(letter, {}), f"{where}.{letter}"
-        if "kind" in _mapping(where, change):
-            what = f"a place keeps its letter's kind ({entry.kind})"
-            raise ConfigError(f"{where}.kind: {what}. Use another letter in the pattern.")
         base = {f.name: getattr(entry, f.name) for f in fields(entry)}
         merged = type(entry).from_dict(where, base | _mapping(where, change))
         merged.check(where, self.d_model)

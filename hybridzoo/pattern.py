@@ -190,12 +190,10 @@ class _Reader:
             return
         place = tuple(char for char in term["atom"] if char in _LETTERS)
         if term["atom"][0] == "[" and len(place) < 2:
-            rule = "one letter alone stands without brackets"
-            raise self.error(term.start("atom"), "[..] needs two letters or more", rule)
+            raise self.error(term.start("atom"), "[..] needs two letters or more", "add one")
         for i, char in enumerate(term["atom"]):
             if char in _LETTERS and char in term["atom"][:i]:
-                rule = "give the second a letter of its own in layers"
-                raise self.error(term.start("atom") + i, f"{char!r} is twice in one [..]", rule)
+                raise self.error(term.start("atom") + i, f"{char!r} is twice in one [..]", "cut it")
         self.check_room(at, len(self.places) + count)
         self.places.extend([place] * count)
 
@@ -221,9 +219,7 @@ class _Reader:
         bad, char = parts.end(), self.text[parts.end() : parts.end() + 1]
         if parts["bracket"]:
             if not char:
-                return self.error(
-                    parts.start("bracket"), "'[' is never closed", "write ']' after its letters"
-                )
+                return self.error(parts.start("bracket"), "'[' is never closed", "add ']'")
             rule = _HINTS.get(char, "it holds letters only; a count goes before it")
             return self.error(bad, f"{_named(char)} inside [..]", rule)
         if parts["count"] and (not char or char in "|)]0123456789"):
