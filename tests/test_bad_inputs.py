@@ -271,6 +271,14 @@ def empty_directory():
     return ["generate", "dir"]
 
 
+@case(r"config\.json: missing; .*Name one inside: best, step-00000001 or")
+def directory_of_a_run():
+    for name in ("step-00000001", "best"):
+        Path("dir", name).mkdir(parents=True)
+        Path("dir", name, "config.json").write_text("{}")
+    return ["generate", "dir"]
+
+
 @case(r"dir/config\.json: unknown model_type \('bert'\); .*known: hybridzoo, jamba")
 def unknown_family():
     saved()

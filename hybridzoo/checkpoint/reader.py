@@ -194,8 +194,11 @@ def resolve(directory: Path, name: str) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; CheckpointError says what else it holds."""
     if not path.is_file():
+        inside = sorted(p.parent.name for p in path.parent.glob(f"*/{path.name}"))[:4]
+        # a run's directory was named, not one of its checkpoints
+        way = f"Name one inside: {', '.join(inside)}" if inside else "Check the path"
         raise CheckpointError(
-            f"{path}: missing; a checkpoint has this file. Check the path or download it again."
+            f"{path}: missing; a checkpoint has this file. {way} or download it again."
         )
     if path.stat().st_size > MAX_HEADER:
         raise CheckpointError(
