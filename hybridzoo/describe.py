@@ -26,7 +26,7 @@ def facts(config: HybridConfig) -> dict[str, Any]:
     n_mixers = _n_mixers(config)
     return {
         "name": config.name,
-        "pattern": config.expanded.compact(),
+        "pattern": " ".join(config.pattern.split()),
         "d_model": config.d_model,
         "vocab_size": config.vocab_size,
         "n_places": len(config.places),
