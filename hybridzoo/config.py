@@ -16,23 +16,13 @@ from typing import Any, Self
 import torch
 
 from hybridzoo.errors import ConfigError
-from hybridzoo.layers import LayerConfig, Param, kind_config
+from hybridzoo.layers import LayerConfig, Param
 from hybridzoo.layers.init import constant, normal
+from hybridzoo.layers.legend import Shared, legend_entry, shared_layer
 from hybridzoo.options import check_fields, read_file, read_options, shown
 from hybridzoo.pattern import Pattern
 
 MAX_PARAMS = 10**13
-
-
-@dataclass(frozen=True)
-class Shared:
-    """A legend entry whose places all use the weights `shared.{name}`; each has its own state."""
-
-    shared: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """As it is written in a file."""
-        return {"shared": self.shared}
 
 
 @dataclass(frozen=True)
@@ -91,9 +81,9 @@ class HybridConfig:
     def __post_init__(self) -> None:
         """Read the legend into typed configs and check all that needs no tensor."""
         check_fields("config", self)
-        layers = {k: _legend_entry(f"layers.{k}", v) for k, v in self.layers.items()}
+        layers = {k: legend_entry(f"layers.{k}", v) for k, v in self.layers.items()}
         object.__setattr__(self, "layers", layers)
-        object.__setattr__(self, "shared", {k: _shared_layer(k, v) for k, v in self.shared.items()})
+        object.__setattr__(self, "shared", {k: shared_layer(k, v) for k, v in self.shared.items()})
         object.__setattr__(self, "layers_at", {_place(k): v for k, v in self.layers_at.items()})
         self._check_places()
         if self.n_params() > MAX_PARAMS:
@@ -207,8 +197,14 @@ class HybridConfig:
         change, where = self.layers_at[place], f"layers_at.{place}"
         if is_parallel:
             change, where = change.get(letter, {}), f"{where}.{letter}"
-        base = {f.name: getattr(entry, f.name) for f in fields(entry)}
-        merged = type(entry).from_dict(where, base | _mapping(where, change))
+        change, base = (
+            _mapping(where, change),
+            {f.name: getattr(entry, f.name) for f in fields(entry)},
+        )
+        if "kind" in change:
+            what = f"a place keeps its letter's kind ({entry.kind})"
+            raise ConfigError(f"{where}.kind: {what}. Write another letter there in the pattern.")
+        merged = type(entry).from_dict(where, base | change)
         merged.check(where, self.d_model)
         return Branch(letter, merged)
 
@@ -253,35 +249,6 @@ class HybridConfig:
 def branch_prefix(place: int, letter: str, is_parallel: bool) -> str:
     """Checkpoint name prefix of one layer's parameters."""
     return f"blocks.{place}.branch.{letter}." if is_parallel else f"blocks.{place}.layer."
-
-
-def _layer(where: str, entry: Any) -> LayerConfig:
-    if isinstance(entry, LayerConfig):
-        return entry
-    if not isinstance(entry, Mapping):
-        what = f"expected a kind and its hyperparameters ({shown(entry)})"
-        raise ConfigError(f"{where}: {what}; write {{kind: mamba2, ...}}.")
-    cls = kind_config(where, entry.get("kind"))
-    return cls.from_dict(where, {k: v for k, v in entry.items() if k != "kind"})
-
-
-def _shared_layer(name: str, entry: Any) -> LayerConfig:
-    # the name becomes an attribute of a ModuleDict and a part of the weights' names
-    if not str(name).isidentifier() or hasattr(torch.nn.ModuleDict(), str(name)):
-        rule = "it must be letters, digits and _"
-        raise ConfigError(f"shared.{name}: not a usable name ({name!r}); {rule}. Rename it.")
-    return _layer(f"shared.{name}", entry)
-
-
-def _legend_entry(where: str, entry: Any) -> LayerConfig | Shared:
-    letter = where.rpartition(".")[2]
-    if not (len(letter) == 1 and letter.isascii() and letter.isalpha()):
-        raise ConfigError(f"{where}: a legend's key is one letter ({letter!r}). Rename it.")
-    if isinstance(entry, Shared):
-        return entry
-    if isinstance(entry, Mapping) and "shared" in entry:
-        return read_options(Shared, where, entry, of="a shared entry")
-    return _layer(where, entry)
 
 
 def _mapping(where: str, change: Any) -> dict[str, Any]:

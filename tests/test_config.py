@@ -270,6 +270,7 @@ MISTAKES = {
     "layers_at-value": (changed(layers_at={4: 3}), "layers_at.4: expected hyperparameters (3); write a mapping of key: value."),
     "layers_at-unknown": (changed(layers_at={4: {"n_head": 2}}), "layers_at.4.n_head is not a key of attention; did you mean n_heads?"),
     "layers_at-does-not-fit": (changed(layers_at={4: {"n_heads": 3}}), "layers_at.4.n_heads: (3) must divide d_model (16)."),
+    "layers_at-kind": (changed(layers_at={4: {"kind": "mlp"}}), "layers_at.4.kind: a place keeps its letter's kind (attention). Write another letter there in the pattern."),
     "layers_at-parallel": (changed(**PARALLEL, layers_at={0: {"n_heads": 2}}), "layers_at.0: the place has branches M, A; give {letter: {key: value}}."),
     "layers_at-parallel-value": (changed(**PARALLEL, layers_at={0: {"A": 2}}), "layers_at.0.A: expected hyperparameters (2); write a mapping of key: value."),
     "layers_at-parallel-unknown": (changed(**PARALLEL, layers_at={0: {"A": {"x": 2}}}), "layers_at.0.A.x is not a key of attention;"),
