@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hybridzoo.kernels.grouped_mm import grouped_mm
+from hybridzoo.kernels.dispatch import find_op
 from hybridzoo.layers.moe import MoE
 from hybridzoo.model import HybridLM
 
@@ -27,7 +27,7 @@ def why_not(model: HybridLM) -> str | None:
             matrices = moe.get_parameter(name)
             rows = matrices.new_empty(1, matrices.shape[2])
             ends = torch.empty(len(matrices), dtype=torch.int32, device=weight.device)
-            if grouped_mm.op.pick(rows, matrices, ends) == "reference":  # type: ignore[attr-defined]
+            if find_op("grouped_mm").pick(rows, matrices, ends) == "reference":
                 return "grouped_mm's reference reads the experts' loads on the host"
     return None
 

@@ -69,6 +69,11 @@ class Op:
         with no_autocast(x.device):
             return backend.run(x, *args, **kwargs)
 
+    def contract(self, function: F) -> F:
+        """Decorator of the op's one public function: `function.op` is this op."""
+        function.op = self  # type: ignore[attr-defined]
+        return function
+
     def load(self, backend: str) -> Backend:
         """The module of one backend; one that is missing from our own tree raises ImportError."""
         if backend not in self._paths:

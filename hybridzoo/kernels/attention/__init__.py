@@ -16,6 +16,7 @@ _attention = Op(
 )
 
 
+@_attention.contract
 def attention(
     q: Tensor,
     k: Tensor,
@@ -71,6 +72,3 @@ def attention(
         cu_seqlens=cu_seqlens,
         max_seqlen=max_seqlen,
     )
-
-
-attention.op = _attention  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ from hybridzoo.kernels.packing import check_packed
 _causal_conv1d = Op("causal_conv1d", {"reference": "hybridzoo.kernels.causal_conv1d.reference"})
 
 
+@_causal_conv1d.contract
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -58,6 +59,3 @@ def causal_conv1d(
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
     )
-
-
-causal_conv1d.op = _causal_conv1d  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ from hybridzoo.kernels.dispatch import Op
 _cross_entropy = Op("cross_entropy", {"reference": "hybridzoo.kernels.cross_entropy.reference"})
 
 
+@_cross_entropy.contract
 def cross_entropy(
     logits: Tensor, targets: Tensor, *, ignore_index: int = -100, z_loss: float = 0.0
 ) -> Tensor:
@@ -28,6 +29,3 @@ def cross_entropy(
             one's reason.
     """
     return _cross_entropy(logits, targets, ignore_index=ignore_index, z_loss=z_loss)
-
-
-cross_entropy.op = _cross_entropy  # type: ignore[attr-defined]

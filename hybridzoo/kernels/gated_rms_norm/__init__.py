@@ -8,6 +8,7 @@ from hybridzoo.kernels.dispatch import Op
 _gated_rms_norm = Op("gated_rms_norm", {"reference": "hybridzoo.kernels.gated_rms_norm.reference"})
 
 
+@_gated_rms_norm.contract
 def gated_rms_norm(
     x: Tensor,
     z: Tensor,
@@ -43,6 +44,3 @@ def gated_rms_norm(
     return _gated_rms_norm(
         x, z, weight, eps=eps, group_size=group_size, norm_before_gate=norm_before_gate
     )
-
-
-gated_rms_norm.op = _gated_rms_norm  # type: ignore[attr-defined]

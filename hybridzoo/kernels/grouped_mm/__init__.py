@@ -13,6 +13,7 @@ _grouped_mm = Op(
 )
 
 
+@_grouped_mm.contract
 def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Multiply each group of rows by its own matrix (MegaBlocks, arXiv 2211.15841, section 4).
 
@@ -31,6 +32,3 @@ def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
             one's reason.
     """
     return _grouped_mm(x, weight, offsets)
-
-
-grouped_mm.op = _grouped_mm  # type: ignore[attr-defined]

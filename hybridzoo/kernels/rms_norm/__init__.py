@@ -7,6 +7,7 @@ from hybridzoo.kernels.dispatch import Op
 _rms_norm = Op("rms_norm", {"reference": "hybridzoo.kernels.rms_norm.reference"})
 
 
+@_rms_norm.contract
 def rms_norm(
     x: Tensor, weight: Tensor | None = None, *, eps: float, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -28,6 +29,3 @@ def rms_norm(
             one's reason.
     """
     return _rms_norm(x, weight, eps=eps, residual=residual)
-
-
-rms_norm.op = _rms_norm  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ from hybridzoo.kernels.packing import check_packed
 _selective_scan = Op("selective_scan", {"reference": "hybridzoo.kernels.selective_scan.reference"})
 
 
+@_selective_scan.contract
 def selective_scan(
     x: Tensor,
     dt: Tensor,
@@ -67,6 +68,3 @@ def selective_scan(
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
     )
-
-
-selective_scan.op = _selective_scan  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ from hybridzoo.kernels.packing import check_packed
 _ssd = Op("ssd", {"reference": "hybridzoo.kernels.ssd.reference"})
 
 
+@_ssd.contract
 def ssd(
     x: Tensor,
     dt: Tensor,
@@ -70,6 +71,3 @@ def ssd(
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
     )
-
-
-ssd.op = _ssd  # type: ignore[attr-defined]
