@@ -33,18 +33,36 @@ class Block:
     Attributes:
         name: the stored tensor.
         box: (start, stop) of every dimension of the parameter.
-        shape: the stored shape; the box's, up to dimensions of size one.
+        shape: the stored tensor's.
+        start: where the box begins in a stored tensor that holds more than it; None where the box
+            is all of it, up to dimensions of size one.
     """
 
     name: str
     box: tuple[tuple[int, int], ...]
     shape: tuple[int, ...]
+    start: tuple[int, ...] | None = None
 
-    def cut(self, full: Tensor) -> Tensor:
-        """The stored tensor out of the whole parameter; a view where it can be."""
-        for dim, (start, stop) in enumerate(self.box):
-            full = full.narrow(dim, start, stop - start)
-        return full.reshape(self.shape)
+    @property
+    def sizes(self) -> list[int]:
+        """The box's shape."""
+        return [stop - start for start, stop in self.box]
+
+    def of_param(self, full: Tensor) -> Tensor:
+        """The box out of the whole parameter, a view."""
+        return _narrow(full, [start for start, _ in self.box], self.sizes)
+
+    def of_stored(self, stored: Tensor) -> Tensor:
+        """The box out of the stored tensor, a view."""
+        if self.start is None:
+            return stored.view(self.sizes)
+        return _narrow(stored, self.start, self.sizes)
+
+
+def _narrow(full: Tensor, start: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    for dim, (first, size) in enumerate(zip(start, sizes, strict=True)):
+        full = full.narrow(dim, first, size)
+    return full
 
 
 Blocks = Mapping[str, Sequence[Block]]
@@ -109,7 +127,7 @@ class Source:
                 lo, hi = max(block.box[dim][0], start), min(block.box[dim][1], stop)
                 if lo >= hi:
                     continue
-                piece = self.reader.view(block.name).view([b - a for a, b in block.box])
+                piece = block.of_stored(self.reader.view(block.name))
                 place = target
                 for d, (a, b) in enumerate(block.box):
                     place = place.narrow(
@@ -120,7 +138,8 @@ class Source:
 
     def _fetch(self, name: str) -> Tensor:
         if len(self.blocks[name]) == 1:
-            return self.reader.view(self.blocks[name][0].name).view(self.params[name].shape)
+            (block,) = self.blocks[name]
+            return block.of_stored(self.reader.view(block.name))
         full = torch.empty(self.params[name].shape, dtype=DTYPES[self.dtype(name)])
         self.read_into(full, name)
         return full
@@ -214,11 +233,21 @@ def _some(names: list[str]) -> str:
 
 
 def unfused(fetch: Fetch, blocks: Blocks) -> Fetch:
-    """By stored name: each parameter's pieces out of the whole."""
-    home = {b.name: (name, b) for name, cut in blocks.items() for b in cut}
+    """By stored name: each stored tensor out of the parameters whose boxes make it up."""
+    home: dict[str, list[tuple[str, Block]]] = {}
+    for name, cut in blocks.items():
+        for block in cut:
+            home.setdefault(block.name, []).append((name, block))
 
     def stored(name: str) -> Tensor:
-        canonical, block = home[name]
-        return block.cut(fetch(canonical))
+        boxes = home[name]
+        canonical, block = boxes[0]
+        if block.start is None:
+            return block.of_param(fetch(canonical)).reshape(block.shape)
+        full = fetch(canonical).new_empty(block.shape)
+        assert sum(prod(b.sizes) for _, b in boxes) == full.numel()
+        for canonical, block in boxes:
+            block.of_stored(full).copy_(block.of_param(fetch(canonical)))
+        return full
 
     return stored

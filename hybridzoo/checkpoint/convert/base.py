@@ -38,7 +38,20 @@ class Conv:
     template: str
 
 
-Template = str | Conv
+@dataclass(frozen=True)
+class Reordered:
+    """A template of a fused parameter stored in one tensor, its parts in another order.
+
+    Attributes:
+        template: the stored tensor.
+        order: our parts' numbers as they are stored; those that a config lacks are passed over.
+    """
+
+    template: str
+    order: tuple[int, ...]
+
+
+Template = str | Conv | Reordered
 Names = Mapping[str, Template | tuple[Template, ...]]
 
 
@@ -105,6 +118,8 @@ class Family:
 
 def _expand(template: Template, prefix: str, p: Param) -> list[Block]:
     """The stored tensors of one parameter."""
+    if isinstance(template, Reordered):
+        return _reorder(prefix + template.template, template.order, p)
     text = prefix + (template.template if isinstance(template, Conv) else template)
     spread = "{e}" in text
     parts = re.search(r"\{(\w+(?:,\w+)+)\}", text)
@@ -130,6 +145,20 @@ def _expand(template: Template, prefix: str, p: Param) -> list[Block]:
                 shape.insert(1, 1)
             blocks.append(Block(name, tuple(box), tuple(shape)))
     return blocks
+
+
+def _reorder(name: str, order: tuple[int, ...], p: Param) -> list[Block]:
+    """A box a part, each elsewhere in the one stored tensor; in our order."""
+    assert isinstance(p.cut, Split)
+    dim, widths = p.cut.dim, [part.width for part in p.cut.parts]
+    starts = list(itertools.accumulate(widths, initial=0))
+    blocks, at = {}, 0
+    for i in (i for i in order if i < len(widths)):
+        box, start = [(0, n) for n in p.shape], [0] * len(p.shape)
+        box[dim], start[dim] = (starts[i], starts[i + 1]), at
+        blocks[i] = Block(name, tuple(box), p.shape, tuple(start))
+        at += widths[i]
+    return [blocks[i] for i in sorted(blocks)]
 
 
 def compact(groups: list[str]) -> str:
