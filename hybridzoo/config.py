@@ -19,6 +19,7 @@ from hybridzoo.errors import ConfigError
 from hybridzoo.layers import LayerConfig, Param
 from hybridzoo.layers.init import constant, normal
 from hybridzoo.layers.legend import Shared, legend_entry, shared_layer
+from hybridzoo.layers.norm import NormKind
 from hybridzoo.options import check_fields, read_file, read_options, shown
 from hybridzoo.pattern import Pattern
 
@@ -47,6 +48,9 @@ class HybridConfig:
             at a parallel place.
         shared: weights that several places use, by name.
         name: the model's name.
+        norm: of every block and the final one: rms_norm, or layer_norm, which has a bias too.
+        norm_weight_fp32: multiply by an rms_norm's weight before the cast from fp32 back to the
+            model's dtype (Nemotron-H) rather than after it; changes rounding only.
         norm_eps: eps of every block's norm and of the final one.
         tie_embeddings: the head reads the embedding's weight.
         residual_fp32: keep the residual stream in fp32 whatever the model's dtype.
@@ -67,6 +71,8 @@ class HybridConfig:
     layers_at: dict[int, Any] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
     name: str = "unnamed"
+    norm: NormKind = "rms_norm"
+    norm_weight_fp32: bool = False
     norm_eps: float = field(default=1e-5, metadata={"min": 0})
     tie_embeddings: bool = True
     residual_fp32: bool = False
@@ -81,6 +87,9 @@ class HybridConfig:
     def __post_init__(self) -> None:
         """Read the legend into typed configs and check all that needs no tensor."""
         check_fields("config", self)
+        if self.norm_weight_fp32 and self.norm != "rms_norm":
+            rule = "it is a rounding of rms_norm, and layer_norm knows no other"
+            raise ConfigError(f"norm_weight_fp32: true with norm ({self.norm}); {rule}. Drop it.")
         layers = {k: legend_entry(f"layers.{k}", v) for k, v in self.layers.items()}
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "shared", {k: shared_layer(k, v) for k, v in self.shared.items()})
@@ -137,10 +146,12 @@ class HybridConfig:
     def params(self) -> Iterator[tuple[str, Param]]:
         """Every canonical parameter of the model by its checkpoint name, each once."""
         embed = Param((self.vocab_size, self.d_model), normal(0.02))
-        norm = Param((self.d_model,), constant(1.0), decay=False)
+        norm = {"norm.weight": Param((self.d_model,), constant(1.0), decay=False)}
+        if self.norm == "layer_norm":
+            norm["norm.bias"] = Param((self.d_model,), constant(0.0), decay=False)
         yield "embed.weight", embed
         for i, place in enumerate(self.places):
-            yield f"blocks.{i}.norm.weight", norm
+            yield from ((f"blocks.{i}.{k}", p) for k, p in norm.items())
             for branch in place:
                 if branch.shared is None:
                     prefix = branch_prefix(i, branch.letter, len(place) > 1)
@@ -148,7 +159,7 @@ class HybridConfig:
                     yield from ((prefix + k, p) for k, p in own.items())
         for name, layer in self.shared.items():
             yield from ((f"shared.{name}.{k}", p) for k, p in layer.params(self.d_model).items())
-        yield "norm.weight", norm
+        yield from norm.items()
         if not self.tie_embeddings:
             yield "head.weight", embed
 

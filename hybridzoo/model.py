@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,7 +17,7 @@ from hybridzoo.config import Branch, HybridConfig, branch_prefix
 from hybridzoo.errors import CheckpointError
 from hybridzoo.layers import Layer, Param, Sequence, State
 from hybridzoo.layers.init import seeded
-from hybridzoo.layers.norm import RMSNorm
+from hybridzoo.layers.norm import LayerNorm, RMSNorm, stream_norm
 from hybridzoo.layers.state import check_shapes
 
 
@@ -33,11 +34,11 @@ class Block(nn.Module):
         config: HybridConfig,
         place: tuple[Branch, ...],
         shared: nn.ModuleDict,
-        norm: nn.Parameter,
+        norm: RMSNorm | LayerNorm,
         **where: Any,
     ) -> None:
         super().__init__()
-        self.norm = RMSNorm(norm, config.norm_eps)
+        self.norm = norm
         self.place, self.tp = place, where["parallel"].tp
         self.residual_multiplier, self.dropout = config.residual_multiplier, config.dropout
         own = {b.letter: b.config.build(config.d_model, **where) for b in place if b.shared is None}
@@ -126,10 +127,12 @@ class HybridLM(nn.Module):
             {name: layer.build(d, **where) for name, layer in config.shared.items()}
         )
         self.shared = shared
+        rules = (partial(empty, d), config.norm_eps, config.norm_weight_fp32)
         self.blocks = nn.ModuleList(
-            Block(config, place, shared, empty(d), **where) for place in config.places
+            Block(config, place, shared, stream_norm(config.norm, *rules), **where)
+            for place in config.places
         )
-        self.norm = RMSNorm(empty(d), config.norm_eps)
+        self.norm = stream_norm(config.norm, *rules)
         # on meta first: a tied head needs no memory of its own
         self.head = nn.Linear(d, config.vocab_size, bias=False, device="meta")
         if config.tie_embeddings:

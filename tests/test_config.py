@@ -137,7 +137,9 @@ def hand_count(config, seen):
         return 2 * config.d_ff
     if config.kind == "moe":
         return 2 * (config.top_k * config.d_ff + (config.shared_d_ff or 0))
-    return 0
+    # taps over q, k, v; of the hidden units beside the heads, the activation and the product
+    h, hk, p = config.widths(16)
+    return 2 * (h + 2 * hk) * p * (config.d_conv or 0) + 2 * (config.parallel_d_ff or 0)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -289,6 +291,9 @@ MISTAKES = {
     "dt_min": (layer("M", dt_min=0.5), "layers.M.dt_min: (0.5) must lie between 0 and dt_max (0.1). Choose one between."),
     "dt_init_floor": (layer("M", dt_init_floor=0.0), "layers.M.dt_init_floor: (0.0) must lie between 0 and dt_max (0.1)."),
     "A_init": (layer("M", A_init=[0, 1]), "layers.M.A_init: bounds in the wrong order (0.0, 1.0); 0 < low < high."),
+    "norm": (changed(norm="layernorm"), "norm: unknown choice ('layernorm'); did you mean layer_norm? use one of: rms_norm, layer_norm."),
+    "norm_weight_fp32": (changed(norm="layer_norm", norm_weight_fp32=True), "norm_weight_fp32: true with norm (layer_norm); it is a rounding of rms_norm, and layer_norm knows no other. Drop it."),
+    "attention-d_conv": (layer("A", d_conv=9), "layers.A.d_conv: too large (9); it must be at most 8."),
     "rope": (layer("A", rope_fraction=1.5), "layers.A.rope_fraction: (1.5) must lie in 0..1"),
     "kv": (layer("A", n_kv_heads=3), "layers.A.n_kv_heads: (3) must divide n_heads (4). Use a divisor of it."),
     "top_k": (changed(layers=PLAIN["layers"] | {"E": {"kind": "moe", "d_ff": 8, "n_experts": 2, "top_k": 3}}), "layers.E.top_k: (3) exceeds the experts that a token may pick from (2). Lower it."),

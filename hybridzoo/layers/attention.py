@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hybridzoo.errors import ConfigError
 from hybridzoo.kernels.attention import attention
+from hybridzoo.kernels.causal_conv1d import causal_conv1d
 from hybridzoo.layers import init
 from hybridzoo.layers.base import Layer, LayerConfig, Param, Sequence, State, StateTensor
 from hybridzoo.layers.rope import apply_rope
@@ -30,6 +32,11 @@ class AttentionConfig(LayerConfig):
         rope_theta: base of its wavelengths.
         window_size: keys that a query sees, itself included; None is all before it.
         softmax_scale: multiplies the scores; None is 1 / sqrt(head_dim).
+        d_conv: taps of a causal convolution over q, k and v, without activation, before the rotary
+            embedding (mamba2attn); None is no convolution.
+        conv_bias: bias of that convolution.
+        parallel_d_ff: hidden width of a gated feed-forward layer beside the heads, which shares
+            their two projections (mamba_ssm's mlp_dim); None is none.
     """
 
     kind: ClassVar[str] = "attention"
@@ -42,6 +49,9 @@ class AttentionConfig(LayerConfig):
     rope_theta: float = field(default=10000.0, metadata={"min": 1})
     window_size: int | None = None
     softmax_scale: float | None = None
+    d_conv: int | None = field(default=None, metadata={"min": 2, "max": 8})
+    conv_bias: bool = True
+    parallel_d_ff: int | None = None
 
     @classmethod
     def tiny(cls) -> Self:
@@ -81,37 +91,66 @@ class AttentionConfig(LayerConfig):
         return round(self.rope_fraction * self.widths(d_model)[2])
 
     def parts(self, d_model: int) -> tuple[Part, Part, Part]:
-        """q, k, v: the rows of qkv_proj, cut by head; few key heads are shared by several ranks."""
+        """q, k, v: rows of qkv_proj, cut by head; few key heads are shared by several ranks."""
         h, hk, p = self.widths(d_model)
         key = Part(hk * p, hk, "n_kv_heads", replicates=True)
         return Part(h * p, h, "n_heads"), key, key
 
     def params(self, d_model: int) -> dict[str, Param]:
-        """The table; qkv_proj holds the rows q | k | v."""
-        q, k, v = self.parts(d_model)
-        rows, n_rows = Split(0, (q, k, v)), q.width + k.width + v.width
+        """The table.
+
+        qkv_proj holds the rows q | k | v | gate | up, the convolution the channels q | k | v,
+        out_proj the columns heads | hidden; gate, up and hidden are parallel_d_ff's.
+        """
+        qkv, unit = self.parts(d_model), self._parallel_units()
+        rows, columns = Split(0, (*qkv, *unit, *unit)), Split(1, (qkv[0], *unit))
+        n_rows, n_columns, n_conv = (
+            sum(p.width for p in ps) for ps in (rows.parts, columns.parts, qkv)
+        )
         table = {"qkv_proj.weight": Param((n_rows, d_model), init.normal(0.02), rows)}
         if self.qkv_bias:
             table["qkv_proj.bias"] = Param((n_rows,), init.constant(0.0), rows, decay=False)
+        if self.d_conv:
+            fan, conv = init.fan_in_uniform(self.d_conv), Split(0, qkv)
+            table["conv_weight"] = Param((n_conv, self.d_conv), fan, conv)
+            if self.conv_bias:
+                table["conv_bias"] = Param((n_conv,), fan, conv, decay=False)
         table["out_proj.weight"] = Param(
-            (d_model, q.width), init.normal(0.02), Split(1, (q,)), residual=True
+            (d_model, n_columns), init.normal(0.02), columns, residual=True
         )
         if self.out_proj_bias:
             table["out_proj.bias"] = Param((d_model,), init.constant(0.0), decay=False)
         return table
 
     def state(self, d_model: int, batch: int, max_len: int) -> dict[str, StateTensor]:
-        """Keys and values of max_len tokens and the number of tokens so far."""
+        """Keys and values of max_len tokens and the number of tokens so far.
+
+        With d_conv also the convolution's last d_conv - 1 inputs.
+        """
         _, hk, p = self.widths(d_model)
         heads = (Part(hk, hk, "n_kv_heads", replicates=True),)
         cache = StateTensor((batch, max_len, hk, p), None, heads, dim=2)
-        return {"k_cache": cache, "v_cache": cache, "position": StateTensor((batch,), torch.int32)}
+        state = {"k_cache": cache, "v_cache": cache, "position": StateTensor((batch,), torch.int32)}
+        if self.d_conv:
+            qkv = self.parts(d_model)
+            shape = (batch, self.d_conv - 1, sum(part.width for part in qkv))
+            state["conv_state"] = StateTensor(shape, None, qkv, dim=2)
+        return state
 
     def flops(self, d_model: int, context: int) -> int:
-        """Projections, and scores and values of the keys that the token sees, itself included."""
+        """Projections, convolution, scores and values of the keys that the token sees, itself too.
+
+        Of parallel_d_ff the projections, the activation and the product.
+        """
         q, k, v = (p.width for p in self.parts(d_model))
         seen = min(context + 1, self.window_size or context + 1)
-        return 2 * d_model * (q + k + v) + 2 * q * d_model + 4 * q * seen
+        heads = 2 * d_model * (q + k + v) + 2 * q * d_model + 4 * q * seen
+        convolution, hidden = 2 * (q + k + v) * (self.d_conv or 0), self.parallel_d_ff or 0
+        return heads + convolution + 6 * d_model * hidden + 2 * hidden
+
+    def _parallel_units(self) -> tuple[Part, ...]:
+        f = self.parallel_d_ff
+        return (Part(f, f, "parallel_d_ff"),) if f else ()
 
     def build(self, d_model: int, **where: Any) -> Attention:
         """The module."""
@@ -119,7 +158,7 @@ class AttentionConfig(LayerConfig):
 
 
 class Attention(Layer):
-    """out_proj(softmax(q k^T scale) v), causal.
+    """out_proj(softmax(q k^T scale) v), causal, beside silu(gate) * up if parallel_d_ff is given.
 
     Position t of a sequence is index t of its cache.
     """
@@ -129,6 +168,7 @@ class Attention(Layer):
     def __init__(self, config: AttentionConfig, d_model: int, **where: Any) -> None:
         super().__init__(config, d_model, **where)
         self.qkv_proj, self.out_proj = self.linear("qkv_proj"), self.linear("out_proj")
+        self.conv_weight, self.conv_bias = self.param("conv_weight"), self.param("conv_bias")
         self.head_dim, self.rotary_dim = config.widths(d_model)[2], config.rotary_dim(d_model)
 
     def init_state(self, batch: int, max_len: int) -> State:
@@ -137,8 +177,11 @@ class Attention(Layer):
 
     def forward(self, x: Tensor, state: State | None, ctx: Sequence) -> Tensor:
         """(b, l, d) -> this rank's share of (b, l, d)."""
-        parts = self.project("qkv_proj", x, self.partial_params())
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in parts)  # (b, l, h or hk, p)
+        partial = self.partial_params()
+        *qkv, gate, up = (*self.project("qkv_proj", x, partial), None, None)[:5]
+        if self.config.d_conv:
+            qkv = self._convolved(qkv, partial, state, ctx)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in qkv)  # (b, l, h or hk, p)
         positions = ctx.local_positions(x)
         if state:
             positions = self._absolute(positions, state, ctx)
@@ -151,7 +194,21 @@ class Attention(Layer):
         else:
             packs = {"cu_seqlens": ctx.cu_seqlens, "max_seqlen": ctx.max_seqlen}
             o = attention(q, k, v, k_start=_first_token(ctx.pad_mask), **packs, **options)
-        return self.out_proj(o.flatten(2))
+        o = o.flatten(2)
+        return self.out_proj(o if gate is None else torch.cat([o, F.silu(gate) * up], -1))
+
+    def _convolved(
+        self, qkv: list[Tensor], partial: dict[str, Tensor], state: State | None, ctx: Sequence
+    ) -> tuple[Tensor, ...]:
+        # blank before, for it reads neighbours; what its bias puts at padding no token sees.
+        y, conv_state = causal_conv1d(
+            ctx.blank_padding(torch.cat(qkv, -1)), self.whole("conv_weight", partial),
+            self.whole("conv_bias", partial), cu_seqlens=ctx.cu_seqlens,
+            initial_state=state.get("conv_state", ctx) if state else None,
+        )  # fmt: skip
+        if state:
+            state.set("conv_state", conv_state, ctx)
+        return y.split([t.shape[-1] for t in qkv], -1)
 
     def _absolute(self, positions: Tensor, state: State, ctx: Sequence) -> Tensor:
         # tokens of this call follow those of the calls before; padding stays at -1.

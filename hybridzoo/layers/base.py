@@ -217,6 +217,14 @@ class Layer(nn.Module):
             found.update(zip(indices, y.split(widths, -1), strict=True))
         return [found[i] for i in range(len(cut.parts))]
 
+    def whole(self, name: str, partial: Mapping[str, Tensor]) -> Tensor | None:
+        """This rank's rows of the parameter `name`, whose cut parts are written before the others.
+
+        None when the config has none.
+        """
+        mine, shared = getattr(self, name), partial.get(f"{name}_shared")
+        return mine if shared is None else torch.cat([mine, shared])
+
     def init_state(self, batch: int, max_len: int) -> State:
         """Zeros for `batch` sequences of at most `max_len` tokens, sized for this rank."""
         like = self._compute_like()

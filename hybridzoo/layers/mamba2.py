@@ -15,6 +15,7 @@ from hybridzoo.kernels.ssd import ssd
 from hybridzoo.layers import init
 from hybridzoo.layers.base import Layer, LayerConfig, Param, Sequence, State, StateTensor
 from hybridzoo.layers.mamba1 import decays
+from hybridzoo.layers.mlp import ACTIVATIONS, Activation
 from hybridzoo.layers.norm import GatedRMSNorm
 from hybridzoo.sharding import Part, Split
 
@@ -34,6 +35,7 @@ class Mamba2Config(LayerConfig):
         conv_bias: bias of the convolution.
         in_proj_bias: bias of in_proj.
         out_proj_bias: bias of out_proj.
+        activation: of the convolved x, B and C; the gate is silu in all families.
         norm: gate_first, RMSNorm(y * silu(z)); norm_first, RMSNorm(y) * silu(z); none, y * silu(z).
             Groups of d_inner / n_groups.
         norm_eps: eps of that norm.
@@ -56,6 +58,7 @@ class Mamba2Config(LayerConfig):
     conv_bias: bool = True
     in_proj_bias: bool = False
     out_proj_bias: bool = False
+    activation: Activation = "silu"
     norm: Literal["gate_first", "norm_first", "none"] = "gate_first"
     norm_eps: float = field(default=1e-5, metadata={"min": 0})
     chunk_size: int = 128
@@ -203,15 +206,18 @@ class Mamba2(Layer):
         partial = self.partial_params()
         z, x, B, C, dt = self.project("in_proj", x, partial)
         widths = [x.shape[-1], B.shape[-1], C.shape[-1]]
-        conv_weight = self._whole("conv_weight", partial)
-        conv_bias = self._whole("conv_bias", partial)
+        conv_weight = self.whole("conv_weight", partial)
+        conv_bias = self.whole("conv_bias", partial)
+        # the op fuses silu, which every released model uses
+        fused = "silu" if self.config.activation == "silu" else None
         # blank before the convolution, which reads neighbours, and after it, whose bias would
         # refill padding.
         xBC, conv_state = causal_conv1d(
-            ctx.blank_padding(torch.cat([x, B, C], -1)), conv_weight, conv_bias, activation="silu",
+            ctx.blank_padding(torch.cat([x, B, C], -1)), conv_weight, conv_bias, activation=fused,
             cu_seqlens=ctx.cu_seqlens,
             initial_state=state.get("conv_state", ctx) if state else None,
         )  # fmt: skip
+        xBC = xBC if fused else ACTIVATIONS[self.config.activation](xBC)
         x, B, C = ctx.blank_padding(xBC).split(widths, -1)
         n_groups = B.shape[-1] // self.config.d_state
         # without a norm the scan gates; else the norm does
@@ -228,11 +234,6 @@ class Mamba2(Layer):
             state.set("ssm_state", ssm_state, ctx)
         y = y.flatten(2)
         return self.out_proj(y if gate is not None else self.norm(y, z))
-
-    def _whole(self, name: str, partial: dict[str, Tensor]) -> Tensor | None:
-        # the cut channels x come first, as written, then the replicated B and C.
-        mine, shared = getattr(self, name), partial.get(f"{name}_shared")
-        return mine if shared is None else torch.cat([mine, shared])
 
 
 def _heads(x: Tensor, n: int) -> Tensor:

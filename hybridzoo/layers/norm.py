@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from hybridzoo.comm import SINGLE, Parallel
 from hybridzoo.kernels.gated_rms_norm import gated_rms_norm
+from hybridzoo.kernels.layer_norm import layer_norm
 from hybridzoo.kernels.rms_norm import rms_norm
 
 
@@ -16,18 +20,55 @@ class RMSNorm(nn.Module):
     Args:
         weight: (d,) parameter, or None for a norm without weight.
         eps: added to the mean square.
+        weight_fp32: multiply by the weight before the cast to x's dtype.
     """
 
-    def __init__(self, weight: nn.Parameter | None, eps: float) -> None:
+    def __init__(
+        self, weight: nn.Parameter | None, eps: float, *, weight_fp32: bool = False
+    ) -> None:
         super().__init__()
-        self.weight, self.eps = weight, eps
+        self.weight, self.eps, self.weight_fp32 = weight, eps, weight_fp32
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(y, h) with h = residual + x in the residual's dtype and y its norm in x's dtype.
 
         Both (..., d).
         """
-        return rms_norm(x, self.weight, eps=self.eps, residual=residual)
+        options = {"eps": self.eps, "residual": residual, "weight_fp32": self.weight_fp32}
+        return rms_norm(x, self.weight, **options)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm (arXiv 1607.06450), optionally fused with the residual add before it.
+
+    Args:
+        weight: (d,) parameter.
+        bias: (d,) parameter.
+        eps: added to the variance.
+    """
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter, eps: float) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = weight, bias, eps
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(y, h) with h = residual + x in the residual's dtype and y its norm in x's dtype.
+
+        Both (..., d).
+        """
+        return layer_norm(x, self.weight, self.bias, eps=self.eps, residual=residual)
+
+
+NormKind = Literal["rms_norm", "layer_norm"]
+
+
+def stream_norm(
+    kind: NormKind, parameter: Callable[[], nn.Parameter], eps: float, weight_fp32: bool
+) -> RMSNorm | LayerNorm:
+    """A norm of the residual stream; `parameter` makes each of its (d,) parameters."""
+    if kind == "layer_norm":
+        return LayerNorm(parameter(), parameter(), eps)
+    return RMSNorm(parameter(), eps, weight_fp32=weight_fp32)
 
 
 class GatedRMSNorm(nn.Module):

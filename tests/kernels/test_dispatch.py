@@ -24,6 +24,7 @@ OPS = [
     "cross_entropy",
     "gated_rms_norm",
     "grouped_mm",
+    "layer_norm",
     "rms_norm",
     "selective_scan",
     "ssd",

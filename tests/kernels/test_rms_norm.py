@@ -26,18 +26,19 @@ def norm_inputs(dtype, device="cpu", residual=torch.float32):
     )
 
 
-def naive(x, weight=None, residual=None, *, eps):
+def naive(x, weight=None, residual=None, *, eps, weight_fp32=False):
     h = x if residual is None else x + residual
     y = h / (h.pow(2).sum(-1, keepdim=True) / h.shape[-1] + eps).sqrt()
     # a view of its own, as two outputs that are one tensor cannot have two cotangents
     return (y if weight is None else y * weight), h.view_as(h)
 
 
+@pytest.mark.parametrize("weight_fp32", [False, True], ids=["cast-weight", "weight-cast"])
 @pytest.mark.parametrize("residual", [None, torch.float32], ids=["plain", "residual"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("backend", rms_norm.op.backends)
-def test_backend_is_the_formula(backend, dtype, residual, device):
-    call = norm_inputs(dtype, device, residual)
+def test_backend_is_the_formula(backend, dtype, residual, weight_fp32, device):
+    call = norm_inputs(dtype, device, residual).having(weight_fp32=weight_fp32)
     check_backend(rms_norm, naive, backend, call, dtype)
 
 
@@ -54,6 +55,21 @@ def test_weight_multiplies_after_the_cast():
     bare, _ = rms_norm(x, eps=EPS)
     y, _ = rms_norm(x, weight, eps=EPS)
     assert torch.equal(y, bare * weight)
+
+
+def test_weight_multiplies_before_the_cast_where_asked():
+    # bf16's halves of the last bit: what a second rounding would move is not moved
+    x, weight = norm_inputs(torch.bfloat16, residual=None).leaves().values()
+    want, _ = naive(x.double(), weight.double(), eps=EPS)
+    y, _ = rms_norm(x, weight, eps=EPS, weight_fp32=True)
+    torch.testing.assert_close(y.double(), want, rtol=1.01 * 2**-8, atol=0)
+    assert y.dtype == torch.bfloat16
+    assert not torch.equal(y, rms_norm(x, weight, eps=EPS)[0])
+
+
+def test_the_place_of_the_cast_matters_to_halves_only():
+    call = norm_inputs(torch.float64).having(weight_fp32=True)
+    assert_same(run_fwd_bwd(rms_norm, call), run_fwd_bwd(rms_norm, norm_inputs(torch.float64)))
 
 
 def test_half_inputs_are_rounded_once():

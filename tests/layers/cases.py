@@ -16,6 +16,10 @@ VARIANTS = {
     "attention-mha": {
         "n_kv_heads": None, "head_dim": None, "qkv_bias": False, "rope_fraction": 0.5,
     },
+    "attention-conv": {"d_conv": 3, "parallel_d_ff": 20},
+    "attention-conv_mqa": {
+        "d_conv": 2, "conv_bias": False, "parallel_d_ff": 12, "n_kv_heads": 1, "qkv_bias": False,
+    },
     "mamba1-no_norm": {"x_norm": "none"},
     "mamba1-weightless": {"x_norm": "weightless", "conv_bias": False, "activation": "gelu"},
     "mamba1-published": {
@@ -24,7 +28,7 @@ VARIANTS = {
     "mamba2-1_group": {"n_groups": 1},
     "mamba2-4_groups": {"n_groups": 4, "norm": "norm_first"},
     "mamba2-norm_first": {"norm": "norm_first"},
-    "mamba2-no_norm": {"norm": "none", "conv_bias": False},
+    "mamba2-no_norm": {"norm": "none", "conv_bias": False, "activation": "gelu"},
     "mlp-relu2": {"gated": False, "activation": "relu2", "bias": False},
     "moe-softmax_topk": {"router": "softmax_topk", "n_expert_groups": 1, "top_k_groups": 1},
     "moe-topk_softmax": {"router": "topk_softmax", "renormalize": False, "correction_bias": False},

@@ -9,7 +9,12 @@ _rms_norm = Op("rms_norm", {"reference": "hybridzoo.kernels.rms_norm.reference"}
 
 @_rms_norm.contract
 def rms_norm(
-    x: Tensor, weight: Tensor | None = None, *, eps: float, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor | None = None,
+    *,
+    eps: float,
+    residual: Tensor | None = None,
+    weight_fp32: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Root mean square norm (arXiv 1910.07467, eq. 4) of the residual stream.
 
@@ -17,9 +22,11 @@ def rms_norm(
 
     Args:
         x: (..., d), fp32 / bf16 / fp16 / float64.
-        weight: (d,), multiplied after the cast to x.dtype; None is one.
+        weight: (d,); None is one.
         eps: added to the mean square.
         residual: like x, in its own dtype; None is zero.
+        weight_fp32: multiply by the weight in fp32, before the cast to x.dtype (Nemotron-H), rather
+            than after it; changes rounding only.
 
     Returns:
         y, like x, computed in fp32; h in residual's dtype, or x itself where residual is None.
@@ -28,4 +35,4 @@ def rms_norm(
         BackendError: no backend supports these dtypes, device or sizes; the message gives each
             one's reason.
     """
-    return _rms_norm(x, weight, eps=eps, residual=residual)
+    return _rms_norm(x, weight, eps=eps, residual=residual, weight_fp32=weight_fp32)
