@@ -126,7 +126,7 @@ def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What torch.autocast casts products to here, or None where the caller is not under it."""
     # torch refuses the question for devices such as "meta"
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if _has_autocast(device.type) and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
 
@@ -225,6 +225,12 @@ def _import_backends(name: str) -> bool:
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a CUDA device, usable in `why_not` under torch.compile."""
     return torch.cuda.get_device_capability(device)
+
+
+@_constant
+def _has_autocast(device_type: str) -> bool:
+    # torch 2.11 cannot trace the question, and the answer never changes
+    return torch.amp.is_autocast_available(device_type)
 
 
 def _raise_unknown(what: str, name: str, legal: Iterable[str]) -> NoReturn:
