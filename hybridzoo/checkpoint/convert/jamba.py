@@ -2,73 +2,53 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from hybridzoo.checkpoint.convert import names
 from hybridzoo.checkpoint.convert.base import Family, compact
+from hybridzoo.checkpoint.convert.keys import Keys, activation, first_eos, write_activation
 from hybridzoo.config import HybridConfig
 from hybridzoo.errors import CheckpointError
-from hybridzoo.options import checked, shown, suggest
+from hybridzoo.options import shown
 
-_ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "relu": "relu",
-    "relu2": "relu2",
-}
-# key -> type and default; what the class itself falls back to when a file leaves the key out.
-_KEYS: dict[str, tuple[Any, Any]] = {
-    "vocab_size": (int, 65536),
-    "hidden_size": (int, 4096),
-    "intermediate_size": (int, 14336),
-    "num_hidden_layers": (int, 32),
-    "num_attention_heads": (int, 32),
-    "num_key_value_heads": (int | None, 8),
-    "head_dim": (int | None, None),
-    "hidden_act": (str, "silu"),
-    "rms_norm_eps": (float, 1e-6),
-    "router_aux_loss_coef": (float, 0.001),
-    "tie_word_embeddings": (bool, False),
-    "num_experts": (int, 16),
-    "num_experts_per_tok": (int, 2),
-    "expert_layer_period": (int, 2),
-    "expert_layer_offset": (int, 1),
-    "attn_layer_period": (int, 8),
-    "attn_layer_offset": (int, 4),
-    "mamba_d_state": (int, 16),
-    "mamba_d_conv": (int, 4),
-    "mamba_expand": (int, 2),
-    "mamba_dt_rank": (Any, "auto"),
-    "mamba_conv_bias": (bool, True),
-    "mamba_proj_bias": (bool, False),
-    "mamba_inner_layernorms": (bool, True),
-    "sliding_window": (int | None, None),
-    "quantization_config": (Any, None),
-    "eos_token_id": (Any, 2),
-    "layers_block_type": (Any, None),
-    "layer_types": (Any, None),
-}
-# beyond these a number is a typing error, refused before anything is listed.
-_LIMITS = {
-    "num_hidden_layers": {"min": 1, "max": 10_000},
-    "num_experts": {"min": 0, "max": 100_000},
-}
-# keys that change nothing a forward computes.
-_IGNORED = re.compile(
-    "model_type|architectures|auto_map|(torch_)?dtype|transformers_version|_name_or_path|"
-    "_attn_implementation.*|initializer_range|use_cache|return_dict|(pad|bos)_token_id|"
-    "output_(router_logits|attentions|hidden_states)|max_position_embeddings|n_ctx|"
-    "attention_dropout|num_logits_to_keep|calc_logits_for_entire_prompt|chunk_size_feed_forward|"
-    "use_(mamba_kernels|mambapy|associative_scan)|problem_type|id2label|label2id|"
-    "is_encoder_decoder"
+_KEYS = Keys(
+    family="jamba",
+    table={
+        "vocab_size": (int, 65536),
+        "hidden_size": (int, 4096),
+        "intermediate_size": (int, 14336),
+        "num_hidden_layers": (int, 32),
+        "num_attention_heads": (int, 32),
+        "num_key_value_heads": (int | None, 8),
+        "head_dim": (int | None, None),
+        "hidden_act": (str, "silu"),
+        "rms_norm_eps": (float, 1e-6),
+        "router_aux_loss_coef": (float, 0.001),
+        "tie_word_embeddings": (bool, False),
+        "num_experts": (int, 16),
+        "num_experts_per_tok": (int, 2),
+        "expert_layer_period": (int, 2),
+        "expert_layer_offset": (int, 1),
+        "attn_layer_period": (int, 8),
+        "attn_layer_offset": (int, 4),
+        "mamba_d_state": (int, 16),
+        "mamba_d_conv": (int, 4),
+        "mamba_expand": (int, 2),
+        "mamba_dt_rank": (Any, "auto"),
+        "mamba_conv_bias": (bool, True),
+        "mamba_proj_bias": (bool, False),
+        "mamba_inner_layernorms": (bool, True),
+        "eos_token_id": (Any, 2),
+        "layers_block_type": (Any, None),
+        "layer_types": (Any, None),
+    },
+    # beyond it a number is a typing error, refused before anything is listed.
+    limits={"num_experts": {"min": 0, "max": 100_000}},
+    only={"sliding_window": None},
+    idle="output_router_logits|max_position_embeddings|n_ctx|attention_dropout|num_logits_to_keep|"
+    "calc_logits_for_entire_prompt|use_(mamba_kernels|mambapy|associative_scan)",
 )
-
-
 # ours -> the key that says it.
 _MAMBA = {
     "d_state": "mamba_d_state",
@@ -79,10 +59,12 @@ _MAMBA = {
 
 
 def _read(published: Mapping[str, Any]) -> HybridConfig:
-    options = _options(published)
+    published = dict(published)
+    if "num_local_experts" in published:
+        published.setdefault("num_experts", published.pop("num_local_experts"))
+    options = _KEYS.read(published)
     pairs = _pairs(options)
     used = {letter for pair in pairs for letter in pair}
-    eos = options["eos_token_id"]
     return HybridConfig(
         name="jamba",
         d_model=options["hidden_size"],
@@ -92,19 +74,19 @@ def _read(published: Mapping[str, Any]) -> HybridConfig:
         norm_eps=options["rms_norm_eps"],
         tie_embeddings=options["tie_word_embeddings"],
         tokenizer="tokenizer.json",
-        # of several ends, the first is the text's; the others are a chat template's.
-        eos_token_id=eos[0] if isinstance(eos, list) else eos,
+        eos_token_id=first_eos(options),
     )
 
 
 def _legend(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    ffn = {"d_ff": options["intermediate_size"], "activation": options["hidden_act"]}
+    act = activation(options)
+    ffn = {"d_ff": options["intermediate_size"], "activation": act}
     rank = options["mamba_dt_rank"]
     mamba = {ours: options[key] for ours, key in _MAMBA.items()} | {
         "expand": options["mamba_expand"],
         "dt_rank": None if rank == "auto" else rank,
         "out_proj_bias": options["mamba_proj_bias"],
-        "activation": options["hidden_act"],
+        "activation": act,
         "x_norm": "learned" if options["mamba_inner_layernorms"] else "none",
         "norm_eps": options["rms_norm_eps"],
     }
@@ -126,37 +108,6 @@ def _legend(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         "F": {"kind": "mlp", **ffn},
         "E": {"kind": "moe", **ffn, **experts},
     }
-
-
-def _options(published: Mapping[str, Any]) -> dict[str, Any]:
-    """Every key that matters, of the right type; CheckpointError on a key not known at all."""
-    published = dict(published)
-    if "num_local_experts" in published:
-        published.setdefault("num_experts", published.pop("num_local_experts"))
-    for key in published:
-        if key not in _KEYS and not _IGNORED.fullmatch(key):
-            raise CheckpointError(
-                f"{key} is not a key of jamba ({shown(published[key])}); {suggest(key, _KEYS)}an "
-                "unknown key may change the function. Remove it if it does not."
-            )
-    options = {
-        key: checked(key, published.get(key, default), hint, _LIMITS.get(key, {"min": 0}))
-        for key, (hint, default) in _KEYS.items()
-    }
-    for key in ("sliding_window", "quantization_config"):
-        if options[key] is not None:
-            raise CheckpointError(
-                f"{key} is set ({shown(options[key])}); hybridzoo reads Jamba without it. Use a "
-                "checkpoint that has it null."
-            )
-    act = options["hidden_act"]
-    if act not in _ACTIVATIONS:
-        raise CheckpointError(
-            f"unknown hidden_act ({act!r}); {suggest(act, _ACTIVATIONS)}known: "
-            f"{', '.join(_ACTIVATIONS)}. Choose one of them."
-        )
-    options["hidden_act"] = _ACTIVATIONS[act]
-    return options
 
 
 def _pairs(options: Mapping[str, Any]) -> list[str]:
@@ -221,8 +172,8 @@ def _write_ffn(moe: Any, mlp: Any) -> dict[str, Any]:
         keys = {"num_experts": moe.n_experts, "num_experts_per_tok": moe.top_k}
         keys["router_aux_loss_coef"] = moe.aux_loss
     if ffn is not None:
-        spelled = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
-        keys |= {"intermediate_size": ffn.d_ff, "hidden_act": spelled[ffn.activation]}
+        act = write_activation(ffn.activation)
+        keys |= {"intermediate_size": ffn.d_ff, "hidden_act": act}
     return keys
 
 
