@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hybridzoo import __version__
-from hybridzoo.errors import ConfigError, HybridzooError
+from hybridzoo.errors import CheckpointError, ConfigError, HybridzooError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import torch
 
     from hybridzoo.tokenizer import Tokenizer
@@ -112,6 +110,7 @@ def generate(
     quiet: Annotated[bool, typer.Option("--quiet", help="Nothing but the text.")] = False,
 ) -> None:
     """Continue a prompt; only the text, prompt included, goes to stdout."""
+    from hybridzoo import show
     from hybridzoo.inference.generate import stream
     from hybridzoo.zoo import load, load_tokenizer_of
 
@@ -134,8 +133,10 @@ def generate(
     # before a word is printed: what a backend refuses, it refuses at the first step
     first = next(steps)
     if not quiet:
-        typer.echo(_run_line(lm.config.name, lm.config.n_params(), lm.embed.weight), err=True)
-    _print_text(prompt, chain([first], steps), tokenizer)
+        typer.echo(show.run_line(lm.config, lm.embed.weight), err=True)
+    # bytes: whatever the locale, and argv's raw bytes as they came; echo flushes
+    for text in show.texts(prompt, chain([first], steps), tokenizer):
+        typer.echo(text.encode("utf-8", "surrogateescape"), nl=False)
 
 
 @app.command()
@@ -157,6 +158,30 @@ def convert(
 
     convert(directory, target, layout=layout, from_pickle=from_pickle)
     typer.echo(f"{target}: written in the {layout} layout")
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="A directory, ours or a family's, or a zoo name.")],
+    as_json: AsJson = False,
+    device: Device = "auto",
+    kernels: Kernels = "",
+) -> None:
+    """Check a checkpoint: files, tensors, NaN and Inf, checksums, tokenizer, golden outputs."""
+    from hybridzoo import show
+    from hybridzoo.checkpoint.verify import verify
+    from hybridzoo.zoo import find_directory
+
+    directory, place = find_directory(model), _device(device)
+    _use_kernels(kernels)
+    with show.progress() as progress:
+        findings = verify(directory, device=place, progress=progress)
+    if as_json:
+        typer.echo(json.dumps([f.to_dict() for f in findings], indent=2))
+    else:
+        show.console().print(show.findings(findings))
+    if failed := [f.detail for f in findings if f.status == "failed"]:
+        raise CheckpointError(failed[0])
 
 
 @app.command()
@@ -249,30 +274,6 @@ def _encode(prompt: str, tokenizer: Tokenizer) -> torch.Tensor:
             "word or two to continue."
         )
     return torch.tensor([ids])
-
-
-def _print_text(prompt: str, steps: Iterator[torch.Tensor], tokenizer: Tokenizer) -> None:
-    from hybridzoo.tokenizer import Decoder
-
-    decoder = Decoder(tokenizer)
-    _print(prompt)
-    for step in steps:
-        _print(decoder.push(int(step)))
-    _print(decoder.flush() + "\n")
-
-
-def _print(text: str) -> None:
-    # bytes: whatever the locale, and argv's raw bytes as they came; echo flushes
-    typer.echo(text.encode("utf-8", "surrogateescape"), nl=False)
-
-
-def _run_line(name: str, n_params: int, weight: torch.Tensor) -> str:
-    from hybridzoo.kernels.dispatch import explain
-    from hybridzoo.show import count
-
-    chosen = ", ".join(f"{r.op} {r.backend}" for r in explain(weight.device) if r.chosen)
-    dtype = str(weight.dtype).removeprefix("torch.")
-    return f"{name}: {count(n_params)} parameters, {weight.device}, {dtype}; kernels: {chosen}"
 
 
 if __name__ == "__main__":

@@ -1,21 +1,29 @@
-"""What the command line prints: tables and drawings of rich, from plain values."""
+"""What the command line prints: tables, drawings and bars of rich, from plain values."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from hybridzoo.describe import draw, facts
+from hybridzoo.kernels.dispatch import explain
+from hybridzoo.tokenizer import Decoder
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from hybridzoo.config import HybridConfig
     from hybridzoo.kernels.dispatch import Row
+    from hybridzoo.tokenizer import Tokenizer
 
+_STATUS = {"ok": "green", "failed": "bold red", "not there": "dim", "not run": "yellow"}
 COLOURS = {"mamba1": "cyan", "mamba2": "blue", "attention": "red", "mlp": "green", "moe": "yellow"}
 
 
@@ -48,6 +56,47 @@ def backends(rows: Iterable[Row]) -> Table:
         runs = "[green]chosen[/]" if r.chosen else "yes" if r.reason is None else "no"
         table.add_row(r.op, r.backend, runs, r.reason or "")
     return table
+
+
+def findings(found: Iterable[Any]) -> Table:
+    """One row a finding: Finding of checkpoint.verify."""
+    table = Table("check", "", "what was seen")
+    for f in found:
+        table.add_row(f.check, Text(f.status, _STATUS[f.status]), Text(f.detail))
+    return table
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on a terminal's stderr for each word that is told, with bytes done and bytes in all."""
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn()
+    bars: dict[str, TaskID] = {}
+    stderr = Console(stderr=True)
+    off = not stderr.is_terminal
+    with Progress(*columns, console=stderr, transient=True, disable=off) as shown:
+
+        def tell(what: str, done: int, total: int) -> None:
+            if what not in bars:
+                bars[what] = shown.add_task(what, total=total)
+            shown.update(bars[what], completed=done)
+
+        yield tell
+
+
+def run_line(config: HybridConfig, weight: Tensor) -> str:
+    """What generates: model, size, device, dtype and the backend of each op."""
+    chosen = ", ".join(f"{r.op} {r.backend}" for r in explain(weight.device) if r.chosen)
+    dtype = str(weight.dtype).removeprefix("torch.")
+    size = f"{count(config.n_params())} parameters"
+    return f"{config.name}: {size}, {weight.device}, {dtype}; kernels: {chosen}"
+
+
+def texts(prompt: str, steps: Iterable[Tensor], tokenizer: Tokenizer) -> Iterator[str]:
+    """A prompt and what follows it, a piece a token as soon as its characters are whole."""
+    decoder = Decoder(tokenizer)
+    yield prompt
+    yield from (decoder.push(int(step)) for step in steps)
+    yield decoder.flush() + "\n"
 
 
 def count(n: int) -> str:

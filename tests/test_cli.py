@@ -33,7 +33,7 @@ CONFIG = {
     },
     "eos_token_id": 256,
 }
-COMMANDS = ["list", "info", "generate", "convert", "train", "doctor"]
+COMMANDS = ["list", "info", "generate", "convert", "verify", "train", "doctor"]
 
 
 @pytest.fixture(autouse=True)
