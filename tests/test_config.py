@@ -4,6 +4,7 @@
 # ruff: noqa: E501
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -239,6 +240,12 @@ def layer(letter, **change):
     return PLAIN | {"layers": layers | {letter: layers[letter] | change}}
 
 
+def rope(scaling, fraction=1.0, **change):
+    return layer("A", rope_fraction=fraction, rope_scaling=scaling, **change)
+
+
+YARN = {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 64}
+LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1, "high_freq_factor": 4}
 PARALLEL = {"pattern": "[MA]F"}
 SHARED = {"pattern": "MS", "layers": PLAIN["layers"] | {"S": {"shared": "base"}}}
 BASE = {"shared": {"base": {"kind": "mlp", "d_ff": 8}}}
@@ -297,6 +304,22 @@ MISTAKES = {
     "rope": (layer("A", rope_fraction=1.5), "layers.A.rope_fraction: (1.5) must lie in 0..1"),
     "kv": (layer("A", n_kv_heads=3), "layers.A.n_kv_heads: (3) must divide n_heads (4). Use a divisor of it."),
     "top_k": (changed(layers=PLAIN["layers"] | {"E": {"kind": "moe", "d_ff": 8, "n_experts": 2, "top_k": 3}}), "layers.E.top_k: (3) exceeds the experts that a token may pick from (2). Lower it."),
+    "moe-bias": (changed(layers=PLAIN["layers"] | {"E": {"kind": "moe", "d_ff": 8, "n_experts": 2, "top_k": 1, "bias": True}}), "layers.E.bias: (true) only a shared expert and latent projections have one. Drop it, or give shared_d_ff."),
+    "scaling": (rope(3), "layers.A.rope_scaling: expected a rope_type and its values (3); write {rope_type: linear, factor: ...}."),
+    "scaling-no-type": (rope({"factor": 2}), "layers.A.rope_scaling.rope_type is missing; use one of: linear, llama3, yarn."),
+    "scaling-type": (rope({"rope_type": "yarm"}), "layers.A.rope_scaling.rope_type: unknown choice ('yarm'); did you mean yarn? use one of: linear, llama3, yarn."),
+    "scaling-type-is-a-list": (rope({"rope_type": ["yarn"]}), "layers.A.rope_scaling.rope_type: unknown choice (['yarn']);"),
+    "scaling-missing": (rope({"rope_type": "linear"}), "layers.A.rope_scaling.factor is missing; linear scaling needs it. Add 'factor: ...' (a number)."),
+    "scaling-unknown": (rope({"rope_type": "linear", "factr": 2}), "layers.A.rope_scaling.factr is not a key of linear scaling; did you mean factor? its keys: factor."),
+    "scaling-factor": (rope({"rope_type": "linear", "factor": 0.5}), "layers.A.rope_scaling.factor: too small (0.5); it must be at least 1."),
+    "scaling-unturned": (rope({"rope_type": "linear", "factor": 2}, 0.0), "layers.A.rope_scaling: with rope_fraction (0.0) nothing is turned. Drop it, or give rope_fraction."),
+    "scaling-llama3": (rope(LLAMA3 | {"low_freq_factor": 4}), "layers.A.rope_scaling.low_freq_factor: (4.0) must be below high_freq_factor (4.0). Swap them."),
+    "scaling-length": (rope(LLAMA3 | {"original_max_position_embeddings": 8.5}), "layers.A.rope_scaling.original_max_position_embeddings: wrong type (8.5); expected a whole number."),
+    "scaling-yarn": (rope(YARN | {"beta_slow": 40}), "layers.A.rope_scaling.beta_slow: (40.0) must be below beta_fast (32.0). Swap them."),
+    "scaling-mscale": (rope(YARN | {"mscale": 1}), "layers.A.rope_scaling.mscale: (1.0) comes with mscale_all_dim (None), or neither. Give both or none."),
+    "scaling-twice": (rope(YARN | {"mscale": 1, "mscale_all_dim": 1, "attention_factor": 1}), "layers.A.rope_scaling.attention_factor: (1.0) is given twice; mscale and mscale_all_dim say it already. Drop one."),
+    "scaling-theta": (rope(YARN, rope_theta=1), "layers.A.rope_scaling: yarn with rope_theta (1.0); the wavelengths must differ from channel to channel. Raise rope_theta."),
+    "layers_at-scaling": (changed(layers_at={4: {"rope_fraction": 1, "rope_scaling": {"rope_type": "linear"}}}), "layers_at.4.rope_scaling.factor is missing;"),
     "list": ([1], "a model config: expected keys of a model config ([1]); write a mapping of key: value."),
     "nothing": (None, "a model config: expected keys of a model config (None); write a mapping"),
 }  # fmt: skip
@@ -323,6 +346,24 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path, text, sentence):
     with pytest.raises(ConfigError) as error:
         read(text, tmp_path)
     assert str(error.value).startswith(f"{tmp_path / 'm.yaml'}: {sentence}")
+
+
+def test_a_rope_scaling_is_a_mapping_in_files_and_in_python(tmp_path):
+    config = HybridConfig.from_dict(rope(YARN))
+    plain = config.to_dict()["layers"]["A"]["rope_scaling"]
+    assert plain == {k: float(v) if k == "factor" else v for k, v in YARN.items()}
+    assert read(yaml.safe_dump(config.to_dict()), tmp_path) == config
+    made = type(config.layers["A"])(n_heads=4, rope_fraction=1.0, rope_scaling=YARN)
+    assert made == config.layers["A"]
+    assert hash(made) == hash(config.layers["A"])
+    # an override of another key keeps it, one of this key replaces it
+    places = {4: {"n_heads": 2}}
+    assert HybridConfig.from_dict(rope(YARN) | {"layers_at": places}).places[4][
+        0
+    ].config == replace(made, n_heads=2)
+    places = {4: {"rope_scaling": {"rope_type": "linear", "factor": 2}}}
+    other = HybridConfig.from_dict(rope(YARN) | {"layers_at": places}).places[4][0].config
+    assert other.rope_scaling.to_dict() == {"rope_type": "linear", "factor": 2.0}
 
 
 def test_a_config_made_in_python_is_checked_too():

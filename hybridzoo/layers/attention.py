@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -14,7 +15,7 @@ from hybridzoo.kernels.attention import attention
 from hybridzoo.kernels.causal_conv1d import causal_conv1d
 from hybridzoo.layers import init
 from hybridzoo.layers.base import Layer, LayerConfig, Param, Sequence, State, StateTensor
-from hybridzoo.layers.rope import apply_rope
+from hybridzoo.layers.rope import RopeScaling, apply_rope, read_scaling
 from hybridzoo.sharding import Part, Split
 
 
@@ -30,6 +31,8 @@ class AttentionConfig(LayerConfig):
         out_proj_bias: bias of out_proj.
         rope_fraction: share of every head that rotary embedding turns: 0 none, 1 all.
         rope_theta: base of its wavelengths.
+        rope_scaling: how a longer context is turned: rope_type (linear, llama3 or yarn), factor and
+            the other keys of transformers' files; None is plain.
         window_size: keys that a query sees, itself included; None is all before it.
         softmax_scale: multiplies the scores; None is 1 / sqrt(head_dim).
         d_conv: taps of a causal convolution over q, k and v, without activation, before the rotary
@@ -47,11 +50,32 @@ class AttentionConfig(LayerConfig):
     out_proj_bias: bool = False
     rope_fraction: float = 0.0
     rope_theta: float = field(default=10000.0, metadata={"min": 1})
+    rope_scaling: RopeScaling | None = None
     window_size: int | None = None
     softmax_scale: float | None = None
     d_conv: int | None = field(default=None, metadata={"min": 2, "max": 8})
     conv_bias: bool = True
     parallel_d_ff: int | None = None
+
+    def __post_init__(self) -> None:
+        """Read rope_scaling, and refuse a field of the wrong type or range."""
+        if self.rope_scaling is not None:
+            scaling = read_scaling("attention.rope_scaling", self.rope_scaling)
+            object.__setattr__(self, "rope_scaling", scaling)
+        super().__post_init__()
+
+    @classmethod
+    def from_dict(cls, where: str, options: Mapping[str, Any]) -> Self:
+        """Build from a mapping; rope_scaling is one too. ConfigError as of every kind."""
+        if isinstance(options, Mapping) and options.get("rope_scaling") is not None:
+            scaling = read_scaling(f"{where}.rope_scaling", options["rope_scaling"])
+            options = {**options, "rope_scaling": scaling}
+        return super().from_dict(where, options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, and `kind`, as plain values."""
+        plain = super().to_dict()
+        return plain | ({"rope_scaling": self.rope_scaling.to_dict()} if self.rope_scaling else {})
 
     @classmethod
     def tiny(cls) -> Self:
@@ -80,6 +104,11 @@ class AttentionConfig(LayerConfig):
                 f"number of head_dim's channels ({self.rotary_dim(d_model)} now). "
                 "Choose a fraction of head_dim that is even."
             )
+        if self.rope_scaling is not None:
+            if not self.rope_fraction:
+                rule = "with rope_fraction (0.0) nothing is turned"
+                raise ConfigError(f"{where}.rope_scaling: {rule}. Drop it, or give rope_fraction.")
+            self.rope_scaling.check(f"{where}.rope_scaling", self.rope_theta)
 
     def widths(self, d_model: int) -> tuple[int, int, int]:
         """(n_heads, n_kv_heads, head_dim)."""
@@ -186,7 +215,7 @@ class Attention(Layer):
         if state:
             positions = self._absolute(positions, state, ctx)
         if self.rotary_dim:
-            turn = (positions, self.config.rope_theta, self.rotary_dim)
+            turn = (positions, self.config.rope_theta, self.rotary_dim, self.config.rope_scaling)
             q, k = apply_rope(q, *turn), apply_rope(k, *turn)
         options = {"scale": self.config.softmax_scale, "window_size": self.config.window_size}
         if state:

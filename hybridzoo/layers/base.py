@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hybridzoo.comm import SINGLE, Parallel
 from hybridzoo.layers.init import Init, seeded
+from hybridzoo.layers.linear import RankLinear
 from hybridzoo.layers.state import Sequence, State, StateTensor
 from hybridzoo.options import check_fields, read_options
 from hybridzoo.sharding import Cut, Replicate, Split, check_tp
@@ -161,14 +162,21 @@ class Layer(nn.Module):
         has_bias = f"{name}.bias" in self.table
         if has_bias:
             self._local(f"{name}.bias")
-        cut = self.table[f"{name}.weight"].cut
-        is_row = isinstance(cut, Split) and cut.dim == 1
-        made = RowLinear if is_row and has_bias and self.parallel.tp.world > 1 else nn.Linear
+        p = self.table[f"{name}.weight"]
+        is_row = isinstance(p.cut, Split) and p.cut.dim == 1
+        is_whole = isinstance(p.cut, Replicate) and p.cut.partial_grad
+        needs_sums = self.parallel.tp.world > 1 and (is_whole or (is_row and has_bias))
+        made = RankLinear if needs_sums else nn.Linear
         linear = torch.nn.utils.skip_init(
             made, weight[1], weight[0], bias=has_bias, **self._factory
         )
-        if isinstance(linear, RowLinear):
-            linear.axis = self.parallel.tp
+        if isinstance(linear, RankLinear):
+            # what a layer writes to the residual stream is a share of a sum
+            linear.give(self.parallel.tp, is_whole=is_whole, gives_shares=is_row or p.residual)
+        if is_whole:
+            # its gradients are summed by the module, in whose place another may stand
+            for parameter in ("weight", "bias"):
+                self._partial.pop(f"{name}.{parameter}", None)
         return linear
 
     def param(self, name: str) -> nn.Parameter | None:
@@ -253,14 +261,3 @@ class Layer(nn.Module):
                 full /= n_sublayers**0.5
             for local, piece in p.cut.shard(name, full, tp.world, tp.rank).items():
                 self.get_parameter(local).copy_(piece)
-
-
-class RowLinear(nn.Linear):
-    """A Linear cut along its inputs; each rank adds its share of the bias."""
-
-    axis = SINGLE.tp
-
-    def forward(self, input: Tensor) -> Tensor:
-        """This rank's share, (..., out)."""
-        (bias,) = self.axis.sum_grads([self.bias], [1])
-        return F.linear(input, self.weight, bias / self.axis.world)

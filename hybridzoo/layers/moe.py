@@ -15,7 +15,7 @@ from hybridzoo.kernels.grouped_mm import grouped_mm
 from hybridzoo.layers import init
 from hybridzoo.layers.base import Layer, LayerConfig, Param, Sequence, State
 from hybridzoo.layers.mlp import Activation, activate
-from hybridzoo.sharding import Part, Replicate, Split
+from hybridzoo.sharding import Cut, Part, Replicate, Split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,9 @@ class MoEConfig(LayerConfig):
             groups may be picked.
         top_k_groups: groups that may be picked.
         shared_d_ff: width of an expert that every token uses; None is no such expert.
+        d_latent: width that the experts read and write, projected down before them and up after
+            their sum (Nemotron-3 Super); router and shared expert keep d_model; None is d_model.
+        bias: biases of the shared expert's and the latent projections; experts never have one.
         aux_loss: coefficient of the load-balancing loss (Switch, arXiv 2101.03961, eq. 4).
         z_loss: coefficient of the router z-loss (ST-MoE, arXiv 2202.08906, eq. 5).
     """
@@ -56,6 +59,8 @@ class MoEConfig(LayerConfig):
     n_expert_groups: int = 1
     top_k_groups: int = 1
     shared_d_ff: int | None = None
+    d_latent: int | None = None
+    bias: bool = False
     aux_loss: float = field(default=0.001, metadata={"min": 0})
     z_loss: float = field(default=0.0, metadata={"min": 0})
 
@@ -87,18 +92,23 @@ class MoEConfig(LayerConfig):
                 f"{where}.top_k: ({self.top_k}) exceeds the experts that a token may pick from "
                 f"({pickable}). Lower it."
             )
+        if self.bias and not (self.shared_d_ff or self.d_latent):
+            rule = "only a shared expert and latent projections have one"
+            raise ConfigError(f"{where}.bias: (true) {rule}. Drop it, or give shared_d_ff.")
 
     def params(self, d_model: int) -> dict[str, Param]:
         """The table; expert e's rows of expert_gate_up_weight are gate | up."""
         e, f, n = self.n_experts, self.d_ff, 2 if self.gated else 1
         unit, used = Part(f, f, "d_ff"), (self.top_k, self.n_experts)
         rows, columns = Split(1, (unit,) * n), Split(2, (unit,))
+        width, whole = self.d_latent or d_model, Replicate(partial_grad=True)
+        up, down = (e, n * f, width), (e, width, f)
+        is_last = self.d_latent is None
+        normal = init.normal(0.02)
         table = {
-            "expert_up_weight": Param((e, n * f, d_model), init.normal(0.02), rows, active=used),
-            "expert_down_weight": Param(
-                (e, d_model, f), init.normal(0.02), columns, residual=True, active=used
-            ),
-            "router_weight": Param((e, d_model), init.normal(0.02), Replicate(partial_grad=True)),
+            "expert_up_weight": Param(up, normal, rows, active=used),
+            "expert_down_weight": Param(down, normal, columns, residual=is_last, active=used),
+            "router_weight": Param((e, d_model), normal, whole),
         }
         if self.correction_bias:
             table["correction_bias"] = Param(
@@ -107,18 +117,31 @@ class MoEConfig(LayerConfig):
         if self.shared_d_ff:
             shared = Part(self.shared_d_ff, self.shared_d_ff, "shared_d_ff")
             shape, rows = (n * self.shared_d_ff, d_model), Split(0, (shared,) * n)
-            table["shared_up_proj.weight"] = Param(shape, init.normal(0.02), rows)
+            table |= self._projection("shared_up_proj", shape, rows, rows)
             shape, columns = (d_model, self.shared_d_ff), Split(1, (shared,))
-            table["shared_down_proj.weight"] = Param(
-                shape, init.normal(0.02), columns, residual=True
+            table |= self._projection(
+                "shared_down_proj", shape, columns, Replicate(), residual=True
+            )
+        if self.d_latent:
+            table |= self._projection("latent_down_proj", (width, d_model), whole, whole)
+            table |= self._projection(
+                "latent_up_proj", (d_model, width), whole, whole, residual=True
             )
         return table
 
+    def _projection(
+        self, name: str, shape: tuple[int, int], cut: Cut, bias_cut: Cut, residual: bool = False
+    ) -> dict[str, Param]:
+        weight = Param(shape, init.normal(0.02), cut, residual=residual)
+        bias = Param(shape[:1], init.constant(0.0), bias_cut, decay=False)
+        return {f"{name}.weight": weight} | ({f"{name}.bias": bias} if self.bias else {})
+
     def flops(self, d_model: int, context: int) -> int:
-        """Router, the picked experts and the shared one."""
-        width = self.top_k * self.d_ff + (self.shared_d_ff or 0)
-        experts = 2 * d_model * width * (3 if self.gated else 2) + 2 * width
-        return 2 * d_model * self.n_experts + experts
+        """Router, the picked experts, the shared one and the latent projections."""
+        picked, shared = self.top_k * self.d_ff, self.shared_d_ff or 0
+        read = (self.d_latent or d_model) * picked + d_model * shared
+        experts = 2 * read * (3 if self.gated else 2) + 2 * (picked + shared)
+        return 2 * d_model * self.n_experts + experts + 4 * d_model * (self.d_latent or 0)
 
     def build(self, d_model: int, **where: Any) -> MoE:
         """The module."""
@@ -126,7 +149,7 @@ class MoEConfig(LayerConfig):
 
 
 class MoE(Layer):
-    """sum_k w_k expert_k(x) + shared(x).
+    """sum_k w_k expert_k(x) + shared(x), or up(sum_k w_k expert_k(down(x))) + shared(x).
 
     Tokens are sorted by expert, so each expert is one matrix product.
     """
@@ -142,6 +165,9 @@ class MoE(Layer):
         if config.shared_d_ff:
             self.shared_up_proj = self.linear("shared_up_proj")
             self.shared_down_proj = self.linear("shared_down_proj")
+        if config.d_latent:
+            self.latent_down_proj = self.linear("latent_down_proj")
+            self.latent_up_proj = self.linear("latent_up_proj")
 
     def forward(self, x: Tensor, state: State | None, ctx: Sequence) -> Tensor:
         """(b, l, d) -> this rank's share of (b, l, d); the balance losses go to ctx.aux."""
@@ -152,7 +178,11 @@ class MoE(Layer):
             weights, chosen, scores = self._route(logits)
         if ctx.aux is not None:
             ctx.aux.append(self._balance(logits, scores, chosen, ctx))
-        y = self._experts(tokens, weights, chosen)
+        if self.config.d_latent:
+            latent = self._experts(self.latent_down_proj(tokens), weights, chosen)
+            y = self.latent_up_proj(latent)
+        else:
+            y = self._experts(tokens, weights, chosen)
         if self.config.shared_d_ff:
             up = self.shared_up_proj(tokens)
             y = y + self.shared_down_proj(activate(up, self.config.activation, self.config.gated))

@@ -16,6 +16,12 @@ VARIANTS = {
     "attention-mha": {
         "n_kv_heads": None, "head_dim": None, "qkv_bias": False, "rope_fraction": 0.5,
     },
+    "attention-yarn": {
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8,
+            "beta_fast": 1.5, "beta_slow": 0.4,
+        },
+    },
     "attention-conv": {"d_conv": 3, "parallel_d_ff": 20},
     "attention-conv_mqa": {
         "d_conv": 2, "conv_bias": False, "parallel_d_ff": 12, "n_kv_heads": 1, "qkv_bias": False,
@@ -32,6 +38,12 @@ VARIANTS = {
     "mlp-relu2": {"gated": False, "activation": "relu2", "bias": False},
     "moe-softmax_topk": {"router": "softmax_topk", "n_expert_groups": 1, "top_k_groups": 1},
     "moe-topk_softmax": {"router": "topk_softmax", "renormalize": False, "correction_bias": False},
+    "moe-latent": {"d_latent": 9, "bias": True},
+    "moe-latent_plain": {
+        "d_latent": 24, "shared_d_ff": None, "gated": False, "activation": "relu2",
+        "n_expert_groups": 1, "top_k_groups": 1,
+    },
+    "moe-bias": {"bias": True, "router_fp32": False},
     "moe-plain": {
         "n_expert_groups": 1, "top_k_groups": 1, "shared_d_ff": None, "correction_bias": False,
         "gated": False, "activation": "relu", "z_loss": 0.0,

@@ -19,9 +19,9 @@ D_MODEL, N_SUBLAYERS = 64, 9
 CONFIGS = {
     "mamba1": {"d_state": 16, "expand": 2, "in_proj_bias": True, "out_proj_bias": True, "x_norm": "learned"},
     "mamba2": {"d_state": 16, "head_dim": 1, "n_groups": 2, "in_proj_bias": True, "out_proj_bias": True},
-    "attention": {"n_heads": 4, "n_kv_heads": 2, "qkv_bias": True, "out_proj_bias": True},
+    "attention": {"n_heads": 4, "n_kv_heads": 2, "qkv_bias": True, "out_proj_bias": True, "d_conv": 4, "parallel_d_ff": 40},
     "mlp": {"d_ff": 200, "bias": True},
-    "moe": {"d_ff": 40, "n_experts": 6, "top_k": 2, "shared_d_ff": 48, "correction_bias": True},
+    "moe": {"d_ff": 40, "n_experts": 6, "top_k": 2, "shared_d_ff": 48, "correction_bias": True, "bias": True, "d_latent": 24},
 }  # fmt: skip
 # d_inner 128 and dt_rank 4 of d_model 64; residual projections are divided by sqrt(9)
 FAN = {64: 1 / 8, 128: 128**-0.5, 4: 1 / 2}
@@ -42,16 +42,18 @@ EXPECTED = {
         "out_proj.bias": ("constant", 0),
     },
     "attention": {
-        "qkv_proj.weight": NORMAL, "qkv_proj.bias": ("constant", 0), "out_proj.weight": RESIDUAL,
-        "out_proj.bias": ("constant", 0),
+        "qkv_proj.weight": NORMAL, "qkv_proj.bias": ("constant", 0), "conv_weight": ("uniform", FAN[4]),
+        "conv_bias": ("uniform", FAN[4]), "out_proj.weight": RESIDUAL, "out_proj.bias": ("constant", 0),
     },
     "mlp": {
         "gate_up_proj.weight": NORMAL, "gate_up_proj.bias": ("constant", 0), "down_proj.weight": RESIDUAL,
         "down_proj.bias": ("constant", 0),
     },
     "moe": {
-        "expert_up_weight": NORMAL, "expert_down_weight": RESIDUAL, "router_weight": NORMAL,
-        "correction_bias": ("constant", 0), "shared_up_proj.weight": NORMAL, "shared_down_proj.weight": RESIDUAL,
+        "expert_up_weight": NORMAL, "expert_down_weight": NORMAL, "router_weight": NORMAL,
+        "correction_bias": ("constant", 0), "shared_up_proj.weight": NORMAL, "shared_up_proj.bias": ("constant", 0),
+        "shared_down_proj.weight": RESIDUAL, "shared_down_proj.bias": ("constant", 0), "latent_down_proj.weight": NORMAL,
+        "latent_down_proj.bias": ("constant", 0), "latent_up_proj.weight": RESIDUAL, "latent_up_proj.bias": ("constant", 0),
     },
 }  # fmt: skip
 
@@ -139,6 +141,20 @@ def test_draws_do_not_depend_on_the_order_or_torchs_seed(kind):
     layer.table = dict(reversed(layer.table.items()))
     layer.init_weights(0, f"{kind}.", N_SUBLAYERS)
     assert all(torch.equal(t, first[k]) for k, t in layer.state_dict().items())
+
+
+def test_experts_without_a_latent_write_to_the_residual():
+    experts = built("moe", d_latent=None).expert_down_weight.detach()
+    assert_follows("expert_down_weight", experts, RESIDUAL)
+
+
+def test_norms_start_as_ones_without_a_shift():
+    legend = {"F": {"kind": "mlp", "d_ff": 8}}
+    options = {"d_model": 16, "vocab_size": 20, "pattern": "FF", "layers": legend}
+    model = HybridLM(HybridConfig.from_dict(options | {"norm": "layer_norm"}))
+    for norm in (*(b.norm for b in model.blocks), model.norm):
+        assert (norm.weight == 1).all()
+        assert (norm.bias == 0).all()
 
 
 def test_a_model_draws_each_place_for_itself_and_scales_by_its_sublayers():
