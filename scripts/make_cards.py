@@ -25,11 +25,11 @@ def bytes_text(n: int) -> str:
     return f"{n} B"
 
 
-def weight_bytes(config: HybridConfig) -> int:
-    """Stored in bf16, but for what stays in fp32."""
+def weight_bytes(config: HybridConfig, itemsize: int) -> int:
+    """Of a dtype of so many bytes, but for what stays in fp32."""
     total = 0
     for _, param in config.params():
-        n = 4 if param.fp32 else 2
+        n = 4 if param.fp32 else itemsize
         for size in param.shape:
             n *= size
         total += n
@@ -38,18 +38,19 @@ def weight_bytes(config: HybridConfig) -> int:
 
 def render_facts(config: HybridConfig, config_name: str) -> str:
     found = facts(config)
-    weights, states = weight_bytes(config), found["state_bytes"]
+    weights, states = weight_bytes(config, 2), found["state_bytes"]
     rows = [
         ("parameters", f"{found['n_params']:,}"),
         ("active a token", f"{found['n_active_params']:,}"),
         ("d_model, vocabulary", f"{found['d_model']:,}, {found['vocab_size']:,}"),
         ("pattern", f"`{config.pattern}`"),
         ("weights in bf16", bytes_text(weights)),
+        ("weights in fp32", bytes_text(weight_bytes(config, 4))),
         *(
             (f"state of one sequence at {n // 1024}K tokens", bytes_text(size))
             for n, size in states.items()
         ),
-        ("least memory, weights and state at 4K", bytes_text(weights + states[4096])),
+        ("least memory in bf16, weights and state at 4K", bytes_text(weights + states[4096])),
     ]
     table = "".join(f"| {name} | {value} |\n" for name, value in rows)
     legend = "".join(

@@ -157,8 +157,10 @@ def test_stale_facts_are_found_then_written_and_the_prose_is_kept(copy, make_car
     model = HybridLM(changed, dtype=torch.bfloat16)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     assert f"| weights in bf16 | {weights / 1024:.2f} KiB |" in after
+    in_fp32 = 4 * sum(p.numel() for p in model.parameters())
+    assert f"| weights in fp32 | {in_fp32 / 1024:.2f} KiB |" in after
     least = weights + changed.state_bytes(4096)
-    assert f"| least memory, weights and state at 4K | {least / 1024:.2f} KiB |" in after
+    assert f"| least memory in bf16, weights and state at 4K | {least / 1024:.2f} KiB |" in after
     start, end = "<!-- facts:", "<!-- end of facts -->"
     assert after.partition(start)[0] == before.partition(start)[0]
     assert after.partition(end)[2] == before.partition(end)[2]
