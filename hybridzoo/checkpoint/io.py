@@ -18,13 +18,12 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from hybridzoo.checkpoint.frame import PICKLE_FILE, Pickle, data_of, write_archive
 from hybridzoo.checkpoint.shard import DTYPES, Shard, Spec, render_header
 from hybridzoo.errors import CheckpointError
 
@@ -32,7 +31,9 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _STAGING, COMMITTED = ".saving", ".saved"
 _PLAIN_NAME = re.compile(r"\w[\w.-]*")
-_WEIGHT_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+_WEIGHT_FILE = re.compile(
+    r"(model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin)(\.index\.json)?"
+)
 
 
 @dataclass
@@ -136,7 +137,11 @@ def _stage(
         texts = {INDEX_FILE: layout.index_text().encode(), **texts}
     try:
         for name, shard in layout.files.items():
-            _write_shard(staging / name, shard, fetch)
+            if isinstance(shard, Pickle):
+                write_archive(staging / name, shard, fetch)
+                sync(staging / name)
+            else:
+                _write_shard(staging / name, shard, fetch)
         for name, content in texts.items():
             with _synced(staging / name) as file:
                 file.write(content)
@@ -153,8 +158,8 @@ def _finish(directory: Path) -> None:
     if not committed.is_dir():
         return
     names = {p.name for p in committed.iterdir()}
-    entry = INDEX_FILE if INDEX_FILE in names else SINGLE_FILE
-    if entry in names:
+    entry = next((n for n in (INDEX_FILE, SINGLE_FILE, PICKLE_FILE) if n in names), None)
+    if entry is not None:
         fresh = set(json.loads((committed / entry).read_bytes())["weight_map"].values()) if (
             entry == INDEX_FILE
         ) else set()  # fmt: skip
@@ -173,15 +178,7 @@ def _write_shard(path: Path, shard: Shard, fetch: Callable[[str], Tensor]) -> No
     with _synced(path) as file:
         file.write(render_header(shard))
         for name, spec in shard.tensors.items():
-            tensor = fetch(name)
-            if tensor.numel() != prod(spec.shape):
-                raise CheckpointError(
-                    f"{path.name}: {name} has {tensor.numel()} elements, its header says "
-                    f"{spec.shape}; they must agree. Save with the config that the model was "
-                    "built from."
-                )
-            flat = tensor.detach().to(device="cpu", dtype=DTYPES[spec.dtype]).reshape(-1)
-            file.write(flat.contiguous().view(torch.uint8).numpy().data)
+            file.write(data_of(path, name, fetch(name), spec, {}))
 
 
 @contextmanager

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from hybridzoo.checkpoint.io import Layout, plan
+from hybridzoo.checkpoint.archive import is_archive, load_tensors, read_entries, wrong_sums
+from hybridzoo.checkpoint.frame import PICKLE_FILE, Pickle, frame_of
+from hybridzoo.checkpoint.io import COMMITTED, Layout, plan
+from hybridzoo.checkpoint.reader import resolve
 from hybridzoo.checkpoint.shard import DTYPE_NAMES, Spec
 from hybridzoo.errors import CheckpointError
 
-# what an unpickler may raise on bytes that are no pickle, says Python's documentation, and torch's.
-_NOT_A_PICKLE = (
-    pickle.UnpicklingError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 _SUFFIXES = (".bin", ".pt", ".pth")
 
 
@@ -32,27 +22,30 @@ class PickleReader:
     Attributes:
         directory: where the files are.
         specs: dtype and shape of every tensor.
-        layout: the safetensors files that these tensors are exported to.
+        layout: the files that these tensors are exported to: the one read, where it is to be
+            remembered and can be, or safetensors.
+
+    Args:
+        directory: where the files are.
+        remember: whether an export gives back pytorch_model.bin.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, remember: bool = False) -> None:
         self.directory = directory
-        paths = sorted(p for p in directory.iterdir() if p.suffix in _SUFFIXES and p.is_file())
-        # a training run's arguments and optimizer are no weights.
-        paths = [p for p in paths if p.stem not in ("training_args", "optimizer", "scheduler")]
-        if not paths:
-            raise CheckpointError(
-                f"{directory}: no pickled weights; expected files ending in "
-                f"{', '.join(_SUFFIXES)}. Convert safetensors without --from-pickle."
-            )
         self._tensors: dict[str, Tensor] = {}
         self._files: dict[str, str] = {}
-        for path in paths:
-            self._add(path)
+        names = self._names()
+        for name in names:
+            self._add(resolve(directory, name))
         self.specs = {
             n: Spec(DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in self._tensors.items()
         }
         self.layout: Layout = plan(self.specs)
+        path = resolve(directory, PICKLE_FILE)
+        if remember and names == [PICKLE_FILE] and is_archive(path):
+            frame = frame_of(path, self._tensors, self.specs)
+            if frame is not None:
+                self.layout = Layout({PICKLE_FILE: Pickle(self.specs, {}, frame=frame)})
 
     def file_of(self, name: str) -> str:
         """The file that holds a tensor, for messages."""
@@ -60,31 +53,37 @@ class PickleReader:
 
     def view(self, name: str) -> Tensor:
         """The tensor."""
-        return self._tensors[name]
+        return self._tensors[name].contiguous()
+
+    def _names(self) -> list[str]:
+        places = [p for p in (self.directory / COMMITTED, self.directory) if p.is_dir()]
+        paths = {p.name: p for place in places for p in place.iterdir() if p.is_file()}
+        # a training run's arguments and optimizer are no weights.
+        names = sorted(
+            name
+            for name, p in paths.items()
+            if p.suffix in _SUFFIXES and p.stem not in ("training_args", "optimizer", "scheduler")
+        )
+        if not names:
+            raise CheckpointError(
+                f"{self.directory}: no pickled weights; expected files ending in "
+                f"{', '.join(_SUFFIXES)}. Convert safetensors without --from-pickle."
+            )
+        return names
 
     def _add(self, path: Path) -> None:
-        try:
-            # torch before 1.6 wrote no zip, which alone can be mapped
-            is_zip = zipfile.is_zipfile(path)
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-        except _NOT_A_PICKLE as error:
-            said = str(error).splitlines() or [type(error).__name__]
+        tensors = load_tensors(path)
+        if is_archive(path) and (wrong := wrong_sums(path, read_entries(path))):
+            entry, crc = next(iter(wrong.items()))
             raise CheckpointError(
-                f"{path}: not a pickle of plain tensors ({said[0]}); nothing "
-                "else is unpickled. Get safetensors."
-            ) from None
-        if not isinstance(content, dict) or not all(
-            isinstance(k, str) and isinstance(v, Tensor) and v.layout == torch.strided
-            for k, v in content.items()
-        ):
-            raise CheckpointError(
-                f"{path}: not a mapping of names to dense tensors; a state dict is one. Save "
-                "model.state_dict() alone."
+                f"{path}: {entry.name} is damaged (checksum {crc:08x}, recorded {entry.crc:08x}); "
+                "its bytes are not those that were written. Download it again."
             )
-        for name, tensor in content.items():
-            if name in self._files or tensor.dtype not in DTYPE_NAMES:
+        for name in tensors:
+            if name in self._files:
                 raise CheckpointError(
-                    f"{path}: {name} ({tensor.dtype}) is there twice, or of a dtype that "
-                    "safetensors lacks; each tensor is in one file. Remove one."
+                    f"{path}: {name} is also in {self._files[name]}; each tensor is in one file. "
+                    "Remove one."
                 )
-            self._tensors[name], self._files[name] = tensor.contiguous(), path.name
+            self._files[name] = path.name
+        self._tensors |= tensors
