@@ -20,7 +20,7 @@ class Tokenizer(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, special ones included."""
+        """One more than the highest id, special ones included: the rows that an embedding needs."""
 
     @property
     def eos_id(self) -> int | None:
@@ -83,7 +83,9 @@ class JsonTokenizer:
                 f"tokenizer: {path} is not a tokenizers JSON ({error}); the file is what "
                 "tokenizers' Tokenizer.save() writes. Give such a file, or 'bytes'."
             ) from error
-        self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
+        # a vocabulary may have holes
+        ids = self._backend.get_vocab(with_added_tokens=True).values()
+        self.vocab_size = 1 + max(ids, default=-1)
         named = _named_specials(path.with_name("tokenizer_config.json"))
         self.eos_id = self._special(named.get("eos_token"), _EOS_NAMES)
         self.bos_id = self._special(named.get("bos_token"), _BOS_NAMES)
