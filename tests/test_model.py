@@ -15,10 +15,15 @@ from hybridzoo.layers.init import seeded
 from hybridzoo.model import HybridLM
 from hybridzoo.sharding import Replicate
 from tests import gloo
-from tests.models import joined, make_config, make_model, pieces, randint, tiny
+from tests.models import OPTIONS, joined, make_config, make_model, pieces, randint, tiny
 
 # float64: far above its rounding, far below any mistake
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-10}
+# what published files need beyond the plain case: latent experts, a convolution and hidden units
+# beside the heads, biases in every place, shifted norms
+ALL_NEW = {"norm": "layer_norm", "layers": dict(OPTIONS["layers"])}
+ALL_NEW["layers"]["E"] = tiny("moe", d_ff=8, d_latent=6, bias=True)
+ALL_NEW["layers"]["A"] = tiny("attention", n_kv_heads=1, d_conv=3, parallel_d_ff=8)
 PAIR = {"pattern": "NA", "shared": {}, "layers_at": {}}
 PAIR["layers"] = {"N": tiny("mamba1"), "A": tiny("attention")}
 
@@ -32,9 +37,9 @@ def loss_and_aux(model, ids, ctx):
     return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()) + sum(ctx.aux)
 
 
-def run_model(parallel, ids):
+def run_model(parallel, ids, change):
     """Logits, loss and gradients, with padding in the first row."""
-    model = make_model(parallel=parallel)
+    model = make_model(make_config(**change), parallel)
     mask = torch.ones(ids.shape[0], ids.shape[1] - 1)
     mask[0, :3] = 0
     loss = loss_and_aux(model, ids, Sequence.build(ids.shape[1] - 1, attention_mask=mask, aux=[]))
@@ -44,9 +49,9 @@ def run_model(parallel, ids):
     return logits, loss.detach(), pieces(model, lambda p: p.grad)
 
 
-def train(parallel, n_steps, dropout):
+def train(parallel, n_steps, change):
     """Joinable parameters after n_steps of AdamW from the seeded start."""
-    model = HybridLM(make_config(dropout=dropout), seed=5, parallel=parallel, dtype=torch.float64)
+    model = HybridLM(make_config(**change), seed=5, parallel=parallel, dtype=torch.float64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     torch.manual_seed(11)
     for step in range(n_steps):
@@ -57,26 +62,29 @@ def train(parallel, n_steps, dropout):
     return pieces(model, torch.Tensor.detach), loss.item()
 
 
+@pytest.mark.parametrize("change", [{}, ALL_NEW], ids=["plain", "published"])
 @pytest.mark.parametrize("world", [2, 4])
-def test_ranks_compute_one_ranks_model(world):
+def test_ranks_compute_one_ranks_model(world, change):
     ids = randint(2, 12)
-    logits, loss, grads = run_model(SINGLE, ids)
-    ranks = gloo.run(world, run_model, ids)
+    logits, loss, grads = run_model(SINGLE, ids, change)
+    ranks = gloo.run(world, run_model, ids, change)
     for rank_logits, rank_loss, _ in ranks:
         assert_close(rank_logits, logits, "logits")
         assert_close(rank_loss, loss, "loss")
-    config = make_config()
+    config = make_config(**change)
     one = joined(config, [grads])
     for name, grad in joined(config, [r[2] for r in ranks]).items():
         assert grad.any(), name
         assert_close(grad, one[name], name)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_training_on_ranks_equals_training_on_one(dropout):
-    one, one_loss = train(SINGLE, 20, dropout)
-    ranks = gloo.run(2, train, 20, dropout)
-    config = make_config()
+@pytest.mark.parametrize(
+    "change", [{}, {"dropout": 0.3}, ALL_NEW], ids=["plain", "dropout", "published"]
+)
+def test_training_on_ranks_equals_training_on_one(change):
+    one, one_loss = train(SINGLE, 20, change)
+    ranks = gloo.run(2, train, 20, change)
+    config = make_config(**change)
     # joined() also refuses replicated parameters that differ in one bit between the ranks
     together, alone = joined(config, [r[0] for r in ranks]), joined(config, [one])
     for name, tensor in together.items():
@@ -86,9 +94,11 @@ def test_training_on_ranks_equals_training_on_one(dropout):
     assert abs(one_loss - ranks[0][1]) < 1e-8
 
 
-def test_replicated_parameters_stay_equal_to_the_bit():
-    first, second = (r[0] for r in gloo.run(2, train, 5, 0.0))
-    whole = [n for n, p in make_config().params() if p.trained and isinstance(p.cut, Replicate)]
+@pytest.mark.parametrize("change", [{}, ALL_NEW], ids=["plain", "published"])
+def test_replicated_parameters_stay_equal_to_the_bit(change):
+    first, second = (r[0] for r in gloo.run(2, train, 5, change))
+    config = make_config(**change)
+    whole = [n for n, p in config.params() if p.trained and isinstance(p.cut, Replicate)]
     replicated = [(n, next(iter(first[n]))) for n in whole]
     # of B, C and keys there is one content, which both ranks hold
     replicated += [
@@ -182,6 +192,28 @@ def test_input_multiplier_scales_the_normed_input():
     for block in by_norm.blocks:
         block.norm.weight.data *= 0.8
     assert_close(scaled(ids), by_norm(ids))
+
+
+def test_layer_norm_norms_every_block_and_the_end():
+    ids = randint(2, 9)
+    model = make_model(make_config(**PAIR | {"norm": "layer_norm"}))
+    names = {"blocks.0.norm.bias", "blocks.1.norm.bias", "norm.bias"}
+    assert {n for n, _ in model.named_parameters() if n.endswith("norm.bias")} == names
+
+    def norm(x, place):
+        return F.layer_norm(x, (16,), place.weight, place.bias, 1e-3)
+
+    h = model.embed(ids) * 2.0
+    for block in model.blocks:
+        h = h + 0.7 * 1.3 * block.layer(0.8 * norm(h, block.norm), None, Sequence())
+    assert_close(model(ids), 0.5 * model.head(norm(h, model.norm)))
+
+
+def test_the_place_of_the_norms_cast_reaches_every_norm():
+    model = make_model(make_config(norm_weight_fp32=True))
+    assert all(m.weight_fp32 for m in (*(b.norm for b in model.blocks), model.norm))
+    # a mixer's own norms cast first in Nemotron-H too
+    assert not model.blocks[1].layer.dt_norm.weight_fp32
 
 
 def test_residual_fp32_adds_in_fp32():
@@ -444,9 +476,12 @@ def test_meta_then_init_equals_built_in_place():
     assert all(torch.equal(t, built[k]) for k, t in late.state_dict().items())
 
 
-def compile_stack(_, pattern, dynamic):
+def compile_stack(_, pattern, dynamic, change):
+    # the process of the pool compiled other stacks before, and counts their graphs
+    torch.compiler.reset()
     # 5 tokens: tracing unrolls the scans
-    model, ids = make_model(make_config(pattern=pattern, layers_at={})), randint(2, 5)
+    config = make_config(pattern=pattern, layers_at={}, **change)
+    model, ids = make_model(config), randint(2, 5)
     mask = torch.ones(2, 5)
     mask[0, :3] = 0
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=dynamic)
@@ -465,12 +500,16 @@ def compile_stack(_, pattern, dynamic):
 
 
 @pytest.mark.parametrize(
-    ("pattern", "dynamic"),
-    [("[MA]E", False), pytest.param("[MA]NFSE", None, marks=pytest.mark.slow)],
-    ids=["short", "long"],
+    ("pattern", "dynamic", "change"),
+    [
+        ("[MA]E", False, {}),
+        pytest.param("AE", False, ALL_NEW, marks=pytest.mark.slow),
+        pytest.param("[MA]NFSE", None, {}, marks=pytest.mark.slow),
+    ],
+    ids=["short", "published", "long"],
 )
-def test_a_whole_stack_compiles_to_one_graph(pattern, dynamic, monkeypatch):
+def test_a_whole_stack_compiles_to_one_graph(pattern, dynamic, change, monkeypatch):
     # a process of the pool: the compiler cannot trace the NaN filling of torch.empty
     monkeypatch.setattr(gloo, "TIMEOUT_S", 300)
-    (n_gradients,) = gloo.run(1, compile_stack, pattern, dynamic)
+    (n_gradients,) = gloo.run(1, compile_stack, pattern, dynamic, change)
     assert n_gradients > 10

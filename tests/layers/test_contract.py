@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -445,7 +446,8 @@ def test_rows_of_different_lengths_share_one_captured_step(name):
     # bf16 and widths of 8, which grouped_mm takes without asking the host for the groups' sizes
     config = CASES[name]
     if config.kind == "moe":
-        config = type(config)(d_ff=16, n_experts=4, top_k=2)
+        groups = {"n_experts": 4, "top_k": 2, "n_expert_groups": 1, "top_k_groups": 1}
+        config = replace(config, d_ff=16, d_latent=config.d_latent and 24, **groups)
     layer = config.build(D_MODEL, device="cuda", dtype=torch.bfloat16)
     layer.init_weights(0, "", 1)
     past = randn(2, 9, D_MODEL).to("cuda", torch.bfloat16)
