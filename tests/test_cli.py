@@ -17,7 +17,7 @@ from hybridzoo.checkpoint import load
 from hybridzoo.describe import facts
 from hybridzoo.inference import generate as generation
 from hybridzoo.kernels import dispatch
-from tests.families import tiny_jamba
+from tests.families import tiny
 
 ROOT = Path(cli.__file__).parents[1]
 CONFIG = {
@@ -253,7 +253,7 @@ def test_raw_bytes_of_a_prompt_come_out_as_they_went_in(small):
 
 
 def test_published_directory_goes_to_ours_and_back_byte_for_byte(run, tmp_path):
-    source = tiny_jamba("dense", tmp_path / "published").directory
+    source = tiny("jamba", "dense", tmp_path / "published").directory
     code, out, err = run("convert", str(source), "native")
     assert (code, out, err) == (0, "native: written in the native layout\n", "")
     assert run("convert", "native", "back", "--layout", "jamba")[0] == 0

@@ -13,6 +13,7 @@ from hybridzoo.errors import CheckpointError
 from hybridzoo.model import HybridLM
 from hybridzoo.pattern import Pattern
 from tests import families, gloo
+from tests.families.base import edit_config
 
 IDS = torch.arange(24).view(2, 12) % 29
 
@@ -163,7 +164,7 @@ def test_ranks_load_their_cuts_and_save_the_whole(tmp_path, world):
 
 
 def test_ranks_read_slices_of_a_family(tmp_path):
-    tiny = families.tiny_jamba("sharded", tmp_path / "jamba")
+    tiny = families.tiny("jamba", "sharded", tmp_path / "jamba")
     one = load(tiny.directory).eval()
     ranks = gloo.run(2, rank_loads, tiny.directory, tmp_path / "target")
     with torch.no_grad():
@@ -177,7 +178,7 @@ def test_ranks_read_slices_of_a_family(tmp_path):
 
 def test_mismatch_is_refused_before_memory_is_taken(tmp_path, monkeypatch):
     save(model(), tmp_path)
-    families.edit_config(tmp_path, lambda c: c | {"vocab_size": 31})
+    edit_config(tmp_path, lambda c: c | {"vocab_size": 31})
 
     def no_memory(*args, **kwargs):
         raise AssertionError("a model was built")

@@ -10,7 +10,10 @@ from hybridzoo.options import shown, suggest
 
 # config.json's model_type -> where its Family is.
 CONVERTERS = {
+    "falcon_mamba": "hybridzoo.checkpoint.convert.falcon_mamba:FALCON_MAMBA",
     "jamba": "hybridzoo.checkpoint.convert.jamba:JAMBA",
+    "mamba": "hybridzoo.checkpoint.convert.mamba:MAMBA",
+    "mamba2": "hybridzoo.checkpoint.convert.mamba2:MAMBA2",
 }
 # the model_type of our own directories.
 MODEL_TYPE = "hybridzoo"

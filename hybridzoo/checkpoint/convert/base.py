@@ -26,7 +26,12 @@ from hybridzoo.layers import Param
 from hybridzoo.sharding import Split
 
 # hyperparameters of ours that no family spells: they shape training or rounding, not the function.
-_NOT_THE_FUNCTION = {"dt_min", "dt_max", "dt_init_floor", "aux_loss", "z_loss", "router_fp32"}
+_NOT_THE_FUNCTION = {
+    *("dt_min", "dt_max", "dt_init_floor", "A_init", "chunk_size"),
+    *("aux_loss", "z_loss", "router_fp32"),
+}
+# fields that change rounding alone: a family without a key for one has its own way.
+_ROUNDING = {"residual_fp32", "norm_weight_fp32"}
 # widths that may be given or derived: they are compared by what they come to.
 _DERIVED = {"expand", "d_inner", "dt_rank", "n_kv_heads", "head_dim"}
 
@@ -65,35 +70,40 @@ class Family:
             cannot mean.
         write: the architecture -> the newest dialect's keys; CheckpointError on what it cannot say.
         layer: prefix of a published layer's tensors, `{}` for its number.
-        norms: names, after that prefix, of the norm before each of a published layer's sublayers.
+        norms: names, after that prefix and without `.weight`, of the norm before each of a
+            published layer's sublayers; of several the newest first.
         kinds: kind -> parameter -> its template after that prefix.
         top: embed.weight, norm.weight, head.weight -> template.
         ignored: regular expression of tensors that carry no weights.
+        unsaid: fields of ours that no key says and that are not the function.
+        original: the files of the package that trained them, which takes one pytorch_model.bin, a
+            tied head under both names, no key that it does not know, and pads vocab_size itself.
     """
 
     model_type: str
     read: Callable[[Mapping[str, Any]], HybridConfig]
     write: Callable[[HybridConfig], dict[str, Any]]
     layer: str
-    norms: tuple[Template | tuple[Template, ...], ...]
+    norms: tuple[str | tuple[str, ...], ...]
     kinds: Mapping[str, Names]
-    top: Mapping[str, str]
+    top: Names
     ignored: str = field(default=r"(?!)")
+    unsaid: Container[str] = ()
+    original: bool = False
 
     def blocks(
         self, config: HybridConfig, available: Container[str] | None = None
     ) -> dict[str, list[Block]]:
         """Each parameter's stored tensors, spelled as in `available` or the newest dialect."""
-        found = {}
-        for name, template, prefix, p in self._templates(config):
-            spellings: tuple[Template, ...] = (
-                template if isinstance(template, tuple) else (template,)
-            )
-            tried = [_expand(s, prefix, p) for s in spellings]
-            # the first of those of which most is there, so that what is missing is named well.
-            found[name] = max(tried, key=lambda t: sum(b.name in (available or ()) for b in t))
-        head = _expand(self.top["head.weight"], "", dict(config.params())["embed.weight"])
-        if config.tie_embeddings and available is not None and head[0].name in available:
+        there = available or ()
+        found = {
+            name: _spelled(template, prefix, p, there)
+            for name, template, prefix, p in self._templates(config)
+        }
+        embed = dict(config.params())["embed.weight"]
+        head = _spelled(self.top["head.weight"], "", embed, there)
+        is_written = head[0].name in there or (self.original and available is None)
+        if config.tie_embeddings and is_written:
             # a tied head written out all the same: one parameter, two tensors.
             found["embed.weight"] += head
         return found
@@ -105,15 +115,32 @@ class Family:
         for name, template in self.top.items():
             if name in params:
                 yield name, template, "", params[name]
+        kinds = {branch.config.kind for place in config.places for branch in place}
+        # a layer of the originals has its second sublayer where the model has any feed-forward.
+        norms = self.norms if kinds & {"mlp", "moe"} else self.norms[:1]
         for i, place in enumerate(config.places):
-            layer, sublayer = divmod(i, len(self.norms))
+            layer, sublayer = divmod(i, len(norms))
             prefix = self.layer.format(layer)
-            norm = f"blocks.{i}.norm.weight"
-            yield norm, self.norms[sublayer], prefix, params[norm]
+            norm = norms[sublayer]
+            for own in ("norm.weight", "norm.bias"):
+                if (name := f"blocks.{i}.{own}") in params:
+                    stems = (norm,) if isinstance(norm, str) else norm
+                    spellings = tuple(f"{stem}.{own.removeprefix('norm.')}" for stem in stems)
+                    yield name, spellings, prefix, params[name]
             for branch in place:
                 start = branch_prefix(i, branch.letter, len(place) > 1)
                 for own, p in branch.config.params(config.d_model).items():
                     yield start + own, self.kinds[branch.config.kind][own], prefix, p
+
+
+def _spelled(
+    template: Template | tuple[Template, ...], prefix: str, p: Param, available: Container[str]
+) -> list[Block]:
+    """The stored tensors of one parameter, as the files at hand call them."""
+    spellings = template if isinstance(template, tuple) else (template,)
+    tried = [_expand(spelling, prefix, p) for spelling in spellings]
+    # the first of those of which most is there, so that what is missing is named well.
+    return max(tried, key=lambda t: sum(b.name in available for b in t))
 
 
 def _expand(template: Template, prefix: str, p: Param) -> list[Block]:
@@ -171,6 +198,17 @@ def compact(groups: list[str]) -> str:
     return inner if period == n else f"{n // period}({inner})"
 
 
+def only_layer(config: HybridConfig, family: str, kind: str) -> Any:
+    """The layer of a stack that has no other kind; CheckpointError if it has one."""
+    layers = [branch.config for place in config.places for branch in place]
+    if len(layers) > len(config.places) or any(layer.kind != kind for layer in layers):
+        raise CheckpointError(
+            f"{family}: cannot express the pattern ({config.pattern}); every layer is one {kind}. "
+            "Save in the native layout."
+        )
+    return layers[0]
+
+
 def open_family(family: Family, config: HybridConfig, reader: Reader | PickleReader) -> Source:
     """A published directory as parameters; the config remembers its files for an exact export."""
     specs = reader.specs
@@ -191,13 +229,14 @@ def open_family(family: Family, config: HybridConfig, reader: Reader | PickleRea
 def published_config(family: Family, config: HybridConfig, dtype: str) -> dict[str, Any]:
     """The family's config.json of an architecture; CheckpointError if it cannot express it."""
     published = family.write(config)
-    unsaid = differences(config, family.read(published))
+    found = differences(config, family.read(published))
+    unsaid = [d for d in found if d not in _ROUNDING and d not in family.unsaid]
     if unsaid:
         raise CheckpointError(
             f"{family.model_type}: cannot express {', '.join(unsaid)} of this config; its "
             "config.json has no such key. Save in the native layout."
         )
-    return {**published, "dtype": dtype}
+    return published if family.original else {**published, "dtype": dtype}
 
 
 def differences(ours: HybridConfig, theirs: HybridConfig) -> list[str]:
@@ -205,12 +244,15 @@ def differences(ours: HybridConfig, theirs: HybridConfig) -> list[str]:
     fields = (
         "d_model",
         "vocab_size",
+        "shared",
+        "norm",
         "norm_eps",
         "tie_embeddings",
         "residual_multiplier",
         "embedding_multiplier",
         "logits_multiplier",
         "eos_token_id",
+        *sorted(_ROUNDING),
     )
     found = [f for f in fields if getattr(ours, f) != getattr(theirs, f)]
     if len(ours.places) != len(theirs.places):
@@ -229,7 +271,7 @@ def _functions(place: tuple[Branch, ...], config: HybridConfig) -> list[dict[str
     for branch in place:
         options = asdict(branch.config)
         shapes = {k: p.shape for k, p in branch.config.params(config.d_model).items()}
-        if options.get("x_norm") == "none":
+        if "none" in (options.get("x_norm"), options.get("norm")):
             options.pop("norm_eps")
         kept = {k: v for k, v in options.items() if k not in _NOT_THE_FUNCTION | _DERIVED}
         found.append({"kind": branch.config.kind, "shapes": shapes, **kept})

@@ -12,7 +12,7 @@ from hybridzoo.config import HybridConfig
 from hybridzoo.errors import CheckpointError
 from hybridzoo.options import shown
 
-_KEYS = Keys(
+KEYS = Keys(
     family="jamba",
     table={
         "vocab_size": (int, 65536),
@@ -62,7 +62,7 @@ def _read(published: Mapping[str, Any]) -> HybridConfig:
     published = dict(published)
     if "num_local_experts" in published:
         published.setdefault("num_experts", published.pop("num_local_experts"))
-    options = _KEYS.read(published)
+    options = KEYS.read(published)
     pairs = _pairs(options)
     used = {letter for pair in pairs for letter in pair}
     return HybridConfig(
@@ -213,7 +213,7 @@ JAMBA = Family(
     read=_read,
     write=_write,
     layer="model.layers.{}.",
-    norms=("input_layernorm.weight", ("pre_ff_layernorm.weight", "pre_moe_layernorm.weight")),
+    norms=("input_layernorm", ("pre_ff_layernorm", "pre_moe_layernorm")),
     top={
         "embed.weight": "model.embed_tokens.weight",
         "norm.weight": "model.final_layernorm.weight",

@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from hybridzoo.checkpoint.convert.base import Conv, Template
 
+# above the layers, in every class of Mamba; the original files and the first conversions of them
+# say embedding.
+BACKBONE: dict[str, Template | tuple[Template, ...]] = {
+    "embed.weight": ("backbone.embeddings.weight", "backbone.embedding.weight"),
+    "norm.weight": "backbone.norm_f.weight",
+    "norm.bias": "backbone.norm_f.bias",
+    "head.weight": "lm_head.weight",
+}
+
 
 def mamba1(prefix: str) -> dict[str, Template]:
     """A Mamba-1 mixer as transformers names it."""
@@ -13,6 +22,16 @@ def mamba1(prefix: str) -> dict[str, Template]:
         "conv_weight": Conv(prefix + "conv1d.weight"),
         "conv_bias": prefix + "conv1d.bias",
         "dt_bias": prefix + "dt_proj.bias",
+    }
+
+
+def mamba2(prefix: str) -> dict[str, Template]:
+    """A Mamba-2 mixer as transformers names it."""
+    same = ("in_proj.weight", "in_proj.bias", "dt_bias", "A_log", "D", "norm.weight")
+    return {
+        **{name: prefix + name for name in (*same, "out_proj.weight", "out_proj.bias")},
+        "conv_weight": Conv(prefix + "conv1d.weight"),
+        "conv_bias": prefix + "conv1d.bias",
     }
 
 

@@ -1,0 +1,135 @@
+"""Any published directory: names, pickles, spellings and remembered files. Jamba's serve here."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hybridzoo.checkpoint import convert, load, save
+from hybridzoo.errors import CheckpointError, ConfigError, HybridzooError
+from tests.checkpoint.test_families import hashes
+from tests.families.base import edit_config, rename_tensors
+
+
+def test_missing_and_unexpected_tensors_are_named(made, tmp_path):
+    tiny, _ = made("jamba", "dense")
+    for rename, said in (
+        (lambda n: n.replace("0.mamba.D", "0.mamba.E"), r"model.layers.0.mamba.D is missing"),
+        (lambda n: n, None),
+    ):
+        target = tmp_path / str(bool(said))
+        shutil.copytree(tiny.directory, target)
+        rename_tensors(target, rename)
+        if said:
+            with pytest.raises(CheckpointError, match=said):
+                load(target)
+    weights = load_file(target / "model.safetensors")
+    extra = weights | {"model.layers.0.mamba.extra": torch.ones(1)}
+    save_file(extra, target / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"mamba.extra is not in the config"):
+        load(target)
+
+
+def test_pickled_weights_are_converted_only_when_asked(made, tmp_path):
+    tiny, ours = made("jamba", "dense")
+    source = tmp_path / "pickled"
+    shutil.copytree(tiny.directory, source)
+    weights = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    torch.save(weights, source / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="--from-pickle"):
+        load(source)
+    convert(source, tmp_path / "native", from_pickle=True)
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "native").eval()(tiny.ids), ours(tiny.ids))
+
+
+def test_pickle_of_the_first_torches_is_converted(made, tmp_path):
+    tiny, ours = made("jamba", "dense")
+    source = tmp_path / "pickled"
+    shutil.copytree(tiny.directory, source)
+    weights = load_file(source / "model.safetensors")
+    path = source / "pytorch_model.bin"
+    torch.save(weights, path, _use_new_zipfile_serialization=False)
+    convert(source, tmp_path / "native", from_pickle=True)
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "native").eval()(tiny.ids), ours(tiny.ids))
+
+
+BAD_PICKLES = {
+    "empty": b"",
+    "junk": b"junk" * 50,
+    "code": b"cos\nsystem\n(S'touch run'\ntR.",
+    "number": {3: torch.ones(2)},
+    "sparse": {"a": torch.eye(3).to_sparse()},
+}
+
+
+@pytest.mark.parametrize("case", BAD_PICKLES)
+def test_pickle_of_anything_but_dense_tensors_is_refused(made, tmp_path, monkeypatch, case):
+    tiny, _ = made("jamba", "dense")
+    shutil.copy(tiny.directory / "config.json", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    content, path = BAD_PICKLES[case], tmp_path / "pytorch_model.bin"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: not a .*tensors"):
+        convert(tmp_path, tmp_path / "out", from_pickle=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_family_is_refused_with_the_known_ones(made, tmp_path):
+    tiny, _ = made("jamba", "dense")
+    with pytest.raises(CheckpointError, match=r"'jambaa'.*did you mean jamba\?.*hybridzoo, falcon_mamba, jamba"):
+        load(tiny.edited(tmp_path / "changed", model_type="jambaa"))
+
+
+def test_native_config_mistake_names_the_file(made, tmp_path):
+    _, ours = made("jamba", "dense")
+    save(ours, tmp_path)
+    edit_config(tmp_path, lambda config: config | {"d_modle": 3})
+    with pytest.raises(ConfigError, match=r"config.json: d_modle is not a key.*d_model"):
+        load(tmp_path)
+
+
+def test_unusual_spelling_of_header_index_and_config_is_kept(made, tmp_path):
+    tiny, _ = made("jamba", "sharded")
+    source = tmp_path / "odd"
+    shutil.copytree(tiny.directory, source)
+    index = source / "model.safetensors.index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()), indent=4))
+    config = source / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text())))
+    for path in source.glob("*.safetensors"):
+        raw = path.read_bytes()
+        n = int.from_bytes(raw[:8], "little")
+        header = json.dumps(json.loads(raw[8 : 8 + n]), sort_keys=True).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + n :])
+    save(load(source), tmp_path / "export", layout="jamba")
+    assert hashes(tmp_path / "export") == hashes(source)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda s: s.pop("files"), "files is missing"),
+        (lambda s: s.update(files=3), "files: wrong type"),
+        (lambda s: s["files"][0].pop("header"), "header is missing"),
+        (lambda s: s["files"][0]["tensors"].update({"lm_head.weight": "F4"}), "unknown dtype"),
+        (lambda s: s["files"][0].update(file="../model.safetensors"), "illegal file name"),
+        (lambda s: s["texts"].update({"../evil": ""}), "illegal file name"),
+    ],
+)
+def test_source_layout_is_not_trusted(made, change, said, tmp_path):
+    tiny, _ = made("jamba", "dense")
+    convert(tiny.directory, tmp_path / "native")
+
+    def edit(config):
+        change(config["source_layout"])
+        return config
+
+    edit_config(tmp_path / "native", edit)
+    with pytest.raises(HybridzooError, match=said):
+        convert(tmp_path / "native", tmp_path / "export", layout="jamba")
+    assert not (tmp_path / "evil").exists()
