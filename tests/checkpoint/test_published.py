@@ -81,7 +81,9 @@ def test_pickle_of_anything_but_dense_tensors_is_refused(made, tmp_path, monkeyp
 
 def test_unknown_family_is_refused_with_the_known_ones(made, tmp_path):
     tiny, _ = made("jamba", "dense")
-    with pytest.raises(CheckpointError, match=r"'jambaa'.*did you mean jamba\?.*hybridzoo, falcon_mamba, jamba"):
+    with pytest.raises(
+        CheckpointError, match=r"'jambaa'.*did you mean jamba\?.*hybridzoo, falcon_mamba, jamba"
+    ):
         load(tiny.edited(tmp_path / "changed", model_type="jambaa"))
 
 

@@ -168,6 +168,7 @@ def greedy_ids(model: nn.Module, ids: Tensor) -> tuple[Tensor, float]:
     return ids[:, start:], lead
 
 
+@torch.enable_grad()
 def check_every_parameter_matters(model: nn.Module, ids: Tensor) -> None:
     """A random projection of the logits has a gradient above 1e-4 in every parameter."""
     logits = model(ids)

@@ -195,7 +195,9 @@ def compact(groups: list[str]) -> str:
     runs = [(group, len(list(run))) for group, run in itertools.groupby(groups[:period])]
     words = [g if k == 1 else f"{k}{g}" if len(g) == 1 else f"{k}({g})" for g, k in runs]
     inner = " ".join(words)
-    return inner if period == n else f"{n // period}({inner})"
+    if period == n:
+        return inner
+    return f"{n // period}{inner}" if len(inner) == 1 else f"{n // period}({inner})"
 
 
 def only_layer(config: HybridConfig, family: str, kind: str) -> Any:
@@ -232,9 +234,10 @@ def published_config(family: Family, config: HybridConfig, dtype: str) -> dict[s
     found = differences(config, family.read(published))
     unsaid = [d for d in found if d not in _ROUNDING and d not in family.unsaid]
     if unsaid:
+        more = f" and {len(unsaid) - 3} more" if len(unsaid) > 3 else ""
         raise CheckpointError(
-            f"{family.model_type}: cannot express {', '.join(unsaid)} of this config; its "
-            "config.json has no such key. Save in the native layout."
+            f"{family.model_type}: cannot express {', '.join(unsaid[:3])}{more} of this config; "
+            "its config.json has no such key. Save in the native layout."
         )
     return published if family.original else {**published, "dtype": dtype}
 
@@ -261,7 +264,7 @@ def differences(ours: HybridConfig, theirs: HybridConfig) -> list[str]:
         for x, y in itertools.zip_longest(_functions(a, ours), _functions(b, theirs)):
             if x is None or y is None or x["kind"] != y["kind"]:
                 return [*found, f"pattern (place {i})"]
-            found += [f"blocks.{i}.{key}" for key in x if x[key] != y[key]]
+            found += [f"blocks.{i}.{key}" for key in x if x[key] != y.get(key)]
     return found
 
 
