@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from math import prod
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from hybridzoo.checkpoint.pickled import PickleReader
 from hybridzoo.checkpoint.reader import Reader
 from hybridzoo.checkpoint.shard import DTYPE_NAMES, DTYPES
+from hybridzoo.checkpoint.transfer import Piece, narrow
 from hybridzoo.config import HybridConfig
 from hybridzoo.errors import CheckpointError
 from hybridzoo.model import HybridLM
@@ -50,19 +51,13 @@ class Block:
 
     def of_param(self, full: Tensor) -> Tensor:
         """The box out of the whole parameter, a view."""
-        return _narrow(full, [start for start, _ in self.box], self.sizes)
+        return narrow(full, [start for start, _ in self.box], self.sizes)
 
     def of_stored(self, stored: Tensor) -> Tensor:
         """The box out of the stored tensor, a view."""
         if self.start is None:
             return stored.view(self.sizes)
-        return _narrow(stored, self.start, self.sizes)
-
-
-def _narrow(full: Tensor, start: Sequence[int], sizes: Sequence[int]) -> Tensor:
-    for dim, (first, size) in enumerate(zip(start, sizes, strict=True)):
-        full = full.narrow(dim, first, size)
-    return full
+        return narrow(stored, self.start, self.sizes)
 
 
 Blocks = Mapping[str, Sequence[Block]]
@@ -120,26 +115,30 @@ class Source:
     def read_into(
         self, target: Tensor, name: str, dim: int = 0, spans: Sequence[tuple[int, int]] = ()
     ) -> None:
-        """Copy a parameter, or its (start, stop) slices along `dim`, to `target`; read no more."""
-        at = 0
+        """Read a parameter, or its (start, stop) slices along `dim`, into `target`."""
+        self.reader.fill(self.pieces(target, name, dim, spans))
+
+    def pieces(
+        self, target: Tensor, name: str, dim: int = 0, spans: Sequence[tuple[int, int]] = ()
+    ) -> Iterator[Piece]:
+        """What read_into reads."""
+        target, at = target.detach(), 0
         for start, stop in spans or [(0, self.params[name].shape[dim])]:
             for block in self.blocks[name]:
                 lo, hi = max(block.box[dim][0], start), min(block.box[dim][1], stop)
                 if lo >= hi:
                     continue
-                piece = block.of_stored(self.reader.view(block.name))
-                place = target
-                for d, (a, b) in enumerate(block.box):
-                    place = place.narrow(
-                        d, *((at + lo - start, hi - lo) if d == dim else (a, b - a))
-                    )
-                place.copy_(piece.narrow(dim, lo - block.box[dim][0], hi - lo))
+                first, sizes = [a for a, _ in block.box], block.sizes
+                first[dim], sizes[dim] = at + lo - start, hi - lo
+                shape, begin = block.sizes, [0] * len(sizes)
+                if block.start is not None:
+                    shape, begin = list(block.shape), list(block.start)
+                begin[dim] += lo - block.box[dim][0]
+                place = narrow(target, first, sizes)
+                yield Piece(block.name, tuple(shape), tuple(begin), place)
             at += stop - start
 
     def _fetch(self, name: str) -> Tensor:
-        if len(self.blocks[name]) == 1:
-            (block,) = self.blocks[name]
-            return block.of_stored(self.reader.view(block.name))
         full = torch.empty(self.params[name].shape, dtype=DTYPES[self.dtype(name)])
         self.read_into(full, name)
         return full
@@ -173,20 +172,32 @@ class Source:
                     )
 
 
+def first_rows(source: Source, n: int) -> Source:
+    """The same checkpoint with the first n tokens alone; it no longer remembers its files."""
+    blocks = dict(source.blocks)
+    for name in {"embed.weight", "head.weight"} & blocks.keys():
+        blocks[name] = [replace(b, box=((0, n), b.box[1]), start=(0, 0)) for b in blocks[name]]
+    used = {block.name for cut in blocks.values() for block in cut}
+    config = source.config.with_options(vocab_size=n, source_layout=None)
+    return Source(config, source.reader, blocks, source.reader.specs.keys() - used)
+
+
 @torch.no_grad()
 def load_into(model: HybridLM, source: Source) -> None:
     """Fill a model's parameters, each in its dtype; each rank reads its own slices."""
-    tp = model.parallel.tp
+    tp, wanted = model.parallel.tp, list[Piece]()
     for name, p, pieces in model.local_names():
         # the first piece has the parameter's own name, in the terms of its layer.
         own = next(iter(pieces))
         for piece, local in pieces.items():
             target = model.get_parameter(local)
             if isinstance(p.cut, Replicate):
-                source.read_into(target, name)
+                wanted += source.pieces(target, name)
             else:
                 spans = p.cut.ranges(own, tp.world, tp.rank)[piece]
-                source.read_into(target, name, p.cut.dim, spans)
+                wanted += source.pieces(target, name, p.cut.dim, spans)
+    # other ranks here read the same files
+    source.reader.fill(wanted, once=tp.world == 1)
 
 
 def gather(model: HybridLM) -> Iterator[tuple[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from hybridzoo.checkpoint.frame import PICKLE_FILE, Pickle, frame_of
 from hybridzoo.checkpoint.io import COMMITTED, Layout, plan
 from hybridzoo.checkpoint.reader import resolve
 from hybridzoo.checkpoint.shard import DTYPE_NAMES, Spec
+from hybridzoo.checkpoint.transfer import Piece, narrow
 from hybridzoo.errors import CheckpointError
 
 _SUFFIXES = (".bin", ".pt", ".pth")
@@ -54,6 +56,12 @@ class PickleReader:
     def view(self, name: str) -> Tensor:
         """The tensor."""
         return self._tensors[name].contiguous()
+
+    def fill(self, pieces: Iterable[Piece], *, once: bool = False) -> None:
+        """Copy pieces into their targets."""
+        for piece in pieces:
+            stored = self.view(piece.name).view(piece.shape)
+            piece.target.copy_(narrow(stored, piece.start, piece.target.shape))
 
     def _names(self) -> list[str]:
         places = [p for p in (self.directory / COMMITTED, self.directory) if p.is_dir()]

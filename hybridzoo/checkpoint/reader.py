@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from hybridzoo.checkpoint.io import COMMITTED, INDEX_FILE, SINGLE_FILE, Layout
 from hybridzoo.checkpoint.shard import MAX_HEADER, open_shard
+from hybridzoo.checkpoint.transfer import Piece, Step
 from hybridzoo.errors import CheckpointError
+from hybridzoo.options import unique
 
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")
 _ATTEMPTS = 100
@@ -57,12 +61,40 @@ class Reader:
         return self._home[name]
 
     def view(self, name: str) -> Tensor:
-        """The mapped, read-only tensor: a slice reads only its bytes; clone before writing."""
+        """The tensor, read whole."""
         return self.layout.files[self._home[name]].view(name)
 
-    def get(self, name: str) -> Tensor:
-        """The tensor in memory of its own."""
-        return self.view(name).clone()
+    def fill(self, pieces: Iterable[Piece], *, once: bool = False) -> None:
+        """Read pieces into their targets, in the order of the files.
+
+        Args:
+            pieces: what goes where.
+            once: nobody here will soon read the files again: where memory cannot hold them beside
+                the targets, they do not stay in the system's cache.
+
+        Raises:
+            CheckpointError: a file cannot be read, or was written to since it was opened.
+        """
+        places = {n: i for i, n in enumerate(self.specs)}
+        ordered = sorted(pieces, key=lambda p: (places[p.name], p.start))
+        shards = self.layout.files
+        found = [step for p in ordered for step in shards[self._home[p.name]].steps(p)]
+        n_bytes = sum(step.n_bytes for step in found)
+        leave = once and 2 * n_bytes > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+        def run(step: Step) -> None:
+            # threads do not inherit the caller's modes; this one writes to all kinds of tensors
+            with torch.inference_mode():
+                step.run()
+            if leave:
+                step.file.forget(step.offset, step.n_bytes)
+
+        # two, so that one copies or casts while the other waits for the disk.
+        with ThreadPoolExecutor(2) as pool:
+            for _ in pool.map(run, found):
+                pass
+        for file in {self._home[p.name] for p in ordered}:
+            shards[file].check()
 
     def _entry(self) -> str:
         for place in (self.directory / COMMITTED, self.directory):
@@ -196,7 +228,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         inside = sorted(p.parent.name for p in path.parent.glob(f"*/{path.name}"))[:4]
         # a run's directory was named, not one of its checkpoints
-        way = f"Name one inside: {', '.join(inside)}" if inside else "Check the path"
+        way = f"Name one inside ({', '.join(inside)})," if inside else "Check the path"
         raise CheckpointError(
             f"{path}: missing; a checkpoint has this file. {way} or download it again."
         )
@@ -206,7 +238,7 @@ def read_json(path: Path) -> dict[str, Any]:
             "again."
         )
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: not JSON ({error}); expected an object. Download it again."

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import mmap
-import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from hybridzoo.checkpoint.transfer import OpenFile, Piece, Step, steps
 from hybridzoo.errors import CheckpointError
 from hybridzoo.options import shown
 
@@ -77,29 +77,31 @@ class Shard:
     tensors: dict[str, Spec]
     metadata: dict[str, str] = field(default_factory=lambda: {"format": "pt"})
     header: bytes | None = None
-    _bytes: mmap.mmap | None = field(default=None, repr=False, compare=False)
+    _file: OpenFile | None = field(default=None, repr=False, compare=False)
     _starts: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
 
+    def fetched(self) -> list[str]:
+        """Tensors in the order in which they are written."""
+        return list(self.tensors)
+
+    def steps(self, piece: Piece) -> Iterator[Step]:
+        """The reads of a piece of one of its tensors; of an opened shard."""
+        assert self._file is not None
+        dtype = DTYPES[self.tensors[piece.name].dtype]
+        return steps(piece, self._file, self._starts[piece.name], dtype)
+
     def view(self, name: str) -> Tensor:
-        """The tensor in the mapped file; read-only memory."""
-        assert self._bytes is not None
-        spec, dtype = self.tensors[name], DTYPES[self.tensors[name].dtype]
-        if not spec.n_bytes:
-            return torch.zeros(spec.shape, dtype=dtype)
-        offset = self._starts[name]
-        with warnings.catch_warnings():
-            # torch warns that the memory is read-only, which is the point.
-            warnings.filterwarnings("ignore", "The given buffer is not writable")
-            if offset % dtype.itemsize == 0:
-                n = prod(spec.shape)
-                return torch.frombuffer(self._bytes, dtype=dtype, count=n, offset=offset).view(
-                    spec.shape
-                )
-            raw = torch.frombuffer(
-                self._bytes, dtype=torch.uint8, count=spec.n_bytes, offset=offset
-            )
-        # a file may place a tensor at any byte; torch may not read it there.
-        return raw.clone().view(dtype).view(spec.shape)
+        """A tensor, read; of an opened shard."""
+        spec = self.tensors[name]
+        target = torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device="cpu")
+        for step in self.steps(Piece(name, spec.shape, (0,) * target.ndim, target)):
+            step.run()
+        return target
+
+    def check(self) -> None:
+        """CheckpointError if the file was written to since it was opened."""
+        assert self._file is not None
+        self._file.check()
 
 
 def render_header(shard: Shard) -> bytes:
@@ -121,19 +123,19 @@ def render_header(shard: Shard) -> bytes:
 
 
 def open_shard(path: Path) -> Shard:
-    """Map a file and check its header and size; CheckpointError says what it is instead."""
-    size = path.stat().st_size
+    """Open a file and check its header and size; CheckpointError says what it is instead."""
+    file = OpenFile(path)
+    size = file.size
     if size < 8:
         raise _refuse(path, f"{size} bytes", "a safetensors file has a header")
-    with open(path, "rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    _refuse_disguise(path, data[:32])
-    n = int.from_bytes(data[:8], "little")
+    magic = file.read_bytes(0, min(size, 32))
+    _refuse_disguise(path, magic)
+    n = int.from_bytes(magic[:8], "little")
     if n > MAX_HEADER:
         raise _refuse(path, f"a header of {n} bytes", f"no header exceeds {MAX_HEADER}")
     if 8 + n > size:
         raise _refuse(path, f"truncated ({size} bytes)", f"its header alone has {n}")
-    raw = data[8 : 8 + n]
+    raw = file.read_bytes(8, n)
     entries = _parse(path, raw)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -151,7 +153,7 @@ def open_shard(path: Path) -> Shard:
         kind = "truncated" if 8 + n + end > size else "trailing bytes"
         raise _refuse(path, f"{kind} ({size} bytes)", f"its header promises {8 + n + end}")
     shard = Shard({name: spans[name][0] for name in ordered}, metadata)
-    shard._bytes = data
+    shard._file = file
     shard._starts = {name: 8 + n + spans[name][1] for name in ordered}
     if render_header(shard)[8:] != raw:
         shard.header = raw
