@@ -77,7 +77,7 @@ def read_file(path: str | Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
         if is_json:
-            return json.loads(text, object_pairs_hook=_unique)
+            return json.loads(text, object_pairs_hook=unique)
         return yaml.load(text, _Loader)
     except UnicodeDecodeError as error:
         raise ConfigError(
@@ -207,7 +207,8 @@ def _describe(hint: Any) -> str:
     return "a mapping" if origin in (dict, Mapping) else str(hint)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's pairs as a dict; ValueError where a key is given twice."""
     made = dict(pairs)
     if len(made) < len(pairs):
         twice = next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,7 @@ def write(
                 f"{directory}: illegal file name ({name!r}); a checkpoint's files lie in it, "
                 "under plain names. Mend config.json."
             )
+    is_new = not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with locked(directory, "saving to"):
@@ -122,6 +123,9 @@ def write(
             sync(directory)
             _finish(directory)
     except OSError as error:
+        if is_new:
+            with suppress(OSError):
+                directory.rmdir()
         raise CheckpointError(
             f"{directory}: cannot be written ({error.strerror or error}); the checkpoint there "
             "before, if any, is whole. Free space, or save elsewhere."

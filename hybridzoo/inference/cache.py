@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Self
 
@@ -27,10 +28,21 @@ class Cache:
 
     @classmethod
     def alloc(cls, model: HybridLM, batch: int, max_len: int) -> Self:
-        """Empty states for `batch` sequences of at most `max_len` tokens, on the model's device."""
+        """Empty states for `batch` sequences of at most `max_len` tokens, on the model's device.
+
+        ConfigError where they would not fit into all the memory that the device has.
+        """
         if batch < 1 or max_len < 1:
             raise ConfigError(
                 f"cache: batch ({batch}) or max_len ({max_len}) is below 1; both count. Raise it."
+            )
+        weight = model.embed.weight
+        need = model.config.state_bytes(max_len, batch, weight.dtype) // model.parallel.tp.world
+        if need > (room := _memory(weight.device)):
+            raise ConfigError(
+                f"cache: {batch} x {max_len:,} tokens need {need / 2**30:,.0f} GiB of state; "
+                f"{weight.device} has {room / 2**30:,.0f} GiB in all. Ask for fewer new tokens, or "
+                "a smaller batch."
             )
         return cls(model.init_state(batch, max_len), batch)
 
@@ -71,3 +83,10 @@ class Cache:
 
 def _take(tensor: Tensor, index: Tensor) -> Tensor:
     return tensor.index_select(0, index.to(tensor.device))
+
+
+def _memory(device: torch.device) -> int:
+    """All bytes of a device, used or not."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
