@@ -51,11 +51,13 @@ def test_reference_is_exact_in_float64(residual, missing):
     assert_same(run_fwd_bwd(layer_norm, call), run_fwd_bwd(naive, call))
 
 
-def test_half_inputs_are_rounded_once():
-    # weight and bias too: the parameters of a bf16 model meet the fp32 norm
-    x, weight, bias = norm_inputs(torch.bfloat16, residual=None).leaves().values()
-    want, _ = naive(x.double(), weight.double(), bias.double(), eps=EPS)
-    got, _ = layer_norm(x, weight, bias, eps=EPS)
+@pytest.mark.parametrize("residual", [None, torch.float32], ids=["plain", "residual"])
+def test_half_inputs_are_rounded_once(residual):
+    # weight and bias too: the parameters of a bf16 model meet the fp32 norm of an fp32 stream
+    arguments = norm_inputs(torch.bfloat16, residual=residual).arguments
+    wide = {k: t.double() for k, t in arguments.items() if isinstance(t, torch.Tensor)}
+    want, _ = naive(**wide, eps=EPS)
+    got, _ = layer_norm(**arguments)
     # bf16 keeps 8 bits, the leading one included: half of the last is at most 2 ** -8 of the
     # value; where terms cancel, fp32's rounding of the terms remains
     torch.testing.assert_close(got.double(), want, rtol=1.01 * 2**-8, atol=1e-6)

@@ -72,11 +72,16 @@ def test_the_place_of_the_cast_matters_to_halves_only():
     assert_same(run_fwd_bwd(rms_norm, call), run_fwd_bwd(rms_norm, norm_inputs(torch.float64)))
 
 
-def test_half_inputs_are_rounded_once():
-    x, _ = norm_inputs(torch.bfloat16, residual=None).leaves().values()
-    want, _ = naive(x.double(), eps=EPS)
-    # bf16 keeps 8 bits, the leading one included: half of the last is at most 2 ** -8 of the value
-    torch.testing.assert_close(rms_norm(x, eps=EPS)[0].double(), want, rtol=1.01 * 2**-8, atol=0)
+@pytest.mark.parametrize("residual", [None, torch.float32], ids=["plain", "residual"])
+def test_half_inputs_are_rounded_once(residual):
+    arguments = norm_inputs(torch.bfloat16, residual=residual).having(weight=None).arguments
+    wide = {k: t.double() for k, t in arguments.items() if isinstance(t, torch.Tensor)}
+    want, _ = naive(**wide, eps=EPS)
+    # bf16 keeps 8 bits, the leading one included: half of the last is at most 2 ** -8 of the value;
+    # where the sum cancels, its rounding to fp32 remains
+    torch.testing.assert_close(
+        rms_norm(**arguments)[0].double(), want, rtol=1.01 * 2**-8, atol=1e-6
+    )
 
 
 def test_sum_keeps_the_dtype_of_the_residual():
