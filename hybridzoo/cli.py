@@ -145,6 +145,9 @@ def convert(
     target: Annotated[Path, typer.Argument(help="The directory to write.")],
     layout: Annotated[str, typer.Option(help="native, or a family such as jamba.")] = "native",
     from_pickle: Annotated[bool, typer.Option("--from-pickle", help="Read .bin files.")] = False,
+    unpad_vocab: Annotated[
+        bool, typer.Option("--unpad-vocab", help="Leave out rows that no token has (state_spaces).")
+    ] = False,
 ) -> None:
     """Rewrite a checkpoint in another layout, tensor by tensor."""
     from hybridzoo.zoo import find_directory
@@ -156,7 +159,7 @@ def convert(
         )
     from hybridzoo.checkpoint import convert
 
-    convert(directory, target, layout=layout, from_pickle=from_pickle)
+    convert(directory, target, layout=layout, from_pickle=from_pickle, unpad_vocab=unpad_vocab)
     typer.echo(f"{target}: written in the {layout} layout")
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
-from hybridzoo.checkpoint.convert import MODEL_TYPE, family
+from hybridzoo.checkpoint.convert import MODEL_TYPE, family, family_of
 from hybridzoo.checkpoint.convert.base import Family, open_family
-from hybridzoo.checkpoint.layout import Gathered, Source, gather, load_into, whole
+from hybridzoo.checkpoint.layout import Gathered, Source, first_rows, gather, load_into, whole
 from hybridzoo.checkpoint.pickled import PickleReader
 from hybridzoo.checkpoint.reader import Reader, read_json, resolve, undisturbed
+from hybridzoo.checkpoint.recorded import SourceLayout
 from hybridzoo.checkpoint.shard import DTYPES
 from hybridzoo.checkpoint.store import NATIVE, Store
 from hybridzoo.comm import SINGLE, Parallel
@@ -137,6 +138,7 @@ def convert(
     layout: str = NATIVE,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     from_pickle: bool = False,
+    unpad_vocab: bool = False,
 ) -> HybridConfig:
     """Rewrite a checkpoint in another layout, tensor by tensor; dtypes are kept.
 
@@ -147,9 +149,15 @@ def convert(
         max_shard_bytes: size of a file, where the source's own files are not wanted back.
         from_pickle: read .bin or .pt weights; only tensors are unpickled, but only do it for files
             you trust.
+        unpad_vocab: leave out the rows of embedding and head with which the original Mambas fill
+            their vocabulary up, so that no such token can be predicted.
 
     Returns:
         The architecture.
+
+    Raises:
+        CheckpointError: source or target is not what it must be, the family cannot express the
+            config, or there is no padding to leave out.
     """
     source = Path(source)
     if source.resolve() == Path(target).resolve():
@@ -158,12 +166,27 @@ def convert(
             "is written. Choose another target."
         )
     opened = open_source(source, from_pickle=from_pickle)
+    if unpad_vocab:
+        opened = _unpadded(opened)
     # a tokenizer named by somebody else's config.json must lie beside it.
     names = {*_SIDE_FILES, Path(opened.config.tokenizer).name}
     paths = {name: resolve(source, name) for name in sorted(names)}
     texts = {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
     Store(target, layout, None, max_shard_bytes).run(opened, texts, writes=True)
     return opened.config
+
+
+def _unpadded(source: Source) -> Source:
+    layout, rows = SourceLayout.of(source.config), source.config.vocab_size
+    if layout is not None and family(layout.family).original:
+        published = layout.published() | {"pad_vocab_size_multiple": 1}
+        rows = family(layout.family).read(published).vocab_size
+    if rows >= source.config.vocab_size:
+        raise CheckpointError(
+            f"{source.reader.directory}: no padded vocabulary ({source.config.vocab_size} rows); "
+            "only the original files of Mamba have rows without a token. Leave out --unpad-vocab."
+        )
+    return first_rows(source, rows)
 
 
 def open_source(directory: str | Path, *, from_pickle: bool = False) -> Source:
@@ -174,7 +197,9 @@ def open_source(directory: str | Path, *, from_pickle: bool = False) -> Source:
 
 def _open_source(directory: Path, from_pickle: bool) -> Source:
     config, known = _read_config(directory)
-    reader = PickleReader(directory) if from_pickle else Reader(directory)
+    reader: Reader | PickleReader = Reader(directory) if not from_pickle else PickleReader(
+        directory, remember=known is not None and known.original
+    )  # fmt: skip
     if known is None:
         return Source(config, reader, whole(config))
     return open_family(known, config, reader)
@@ -189,12 +214,11 @@ def read_config(directory: str | Path) -> HybridConfig:
 def _read_config(directory: Path) -> tuple[HybridConfig, Family | None]:
     path = resolve(directory, "config.json")
     published = read_json(path)
-    model_type = published.get("model_type")
     try:
-        if model_type == MODEL_TYPE:
+        if published.get("model_type") == MODEL_TYPE:
             own = {k: v for k, v in published.items() if k not in ("model_type", "dtype")}
             return HybridConfig.from_dict(own), None
-        known = family(model_type)
+        known = family_of(published)
         return known.read(published).with_options(name=directory.resolve().name), known
     except (ConfigError, CheckpointError) as error:
         raise type(error)(f"{path}: {error}") from None

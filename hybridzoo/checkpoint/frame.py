@@ -45,6 +45,14 @@ class Frame:
     orders: dict[str, list[int]] = field(default_factory=dict)
     same: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Refuse what no import records; CheckpointError, for somebody may have edited it."""
+        orders = [dim for order in self.orders.values() for dim in order]
+        if any(type(value) is not int for value in (*self.starts.values(), *orders)) or any(
+            not isinstance(owner, str) for owner in self.same.values()
+        ):
+            raise _refuse("places that are no whole numbers")
+
     def pieces(self, specs: Mapping[str, Spec]) -> list[tuple[bytes, str | None]]:
         """What the file consists of: bytes, and the tensor that follows them.
 
@@ -52,13 +60,9 @@ class Frame:
             CheckpointError: it is no frame of these tensors; it may come from a config.json that
                 somebody edited.
         """
-        for name, start in self.starts.items():
+        for name in self.starts:
             order = self.orders.get(name)
-            if name not in specs or type(start) is not int:
-                raise _refuse(f"{shown(name)} at {shown(start)}")
-            if order is not None and sorted(map(str, order)) != sorted(
-                map(str, range(len(specs[name].shape)))
-            ):
+            if name not in specs or (order and sorted(order) != [*range(len(specs[name].shape))]):
                 raise _refuse(f"{shown(name)} in the order {shown(order)}")
         rest = self._inflated()
         found: list[tuple[bytes, str | None]] = []
@@ -92,6 +96,12 @@ class Pickle(Shard):
 
     frame: Frame | None = None
     same: dict[str, str] = field(default_factory=dict)
+
+    def fetched(self) -> list[str]:
+        """Tensors in the order in which they are written, each run of bytes once."""
+        if self.frame is not None:
+            return sorted(self.frame.starts, key=self.frame.starts.__getitem__)
+        return [n for n, spec in self.tensors.items() if spec.n_bytes and n not in self.same]
 
 
 def _refuse(what: str) -> CheckpointError:

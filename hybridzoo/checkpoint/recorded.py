@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hybridzoo.checkpoint.frame import Frame, Pickle
 from hybridzoo.checkpoint.io import INDEX_FILE, Layout
-from hybridzoo.checkpoint.layout import Blocks
+from hybridzoo.checkpoint.layout import Block, Blocks
 from hybridzoo.checkpoint.pickled import PickleReader
 from hybridzoo.checkpoint.reader import Reader, resolve
 from hybridzoo.checkpoint.shard import DTYPES, Shard, Spec
@@ -21,12 +23,21 @@ _TEXTS = ("config.json", "generation_config.json", INDEX_FILE)
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of SourceLayout: its tensors' dtypes in the order of their bytes, and its header."""
+    """One file of SourceLayout.
+
+    Attributes:
+        file: its name.
+        tensors: their dtypes, in the order of their bytes.
+        metadata: of a safetensors header.
+        header: the header itself, where its spelling is unusual.
+        frame: of a .bin, a Frame.
+    """
 
     file: str
     tensors: dict[str, str]
     metadata: dict[str, str]
     header: str | None
+    frame: Any = None
 
 
 @dataclass(frozen=True)
@@ -35,7 +46,7 @@ class SourceLayout:
 
     Attributes:
         family: model_type of the source.
-        files: its weight files, each a SourceFile; a header is kept where its spelling is unusual.
+        files: its weight files, each a SourceFile.
         index: metadata of the index; None when there was none.
         texts: config.json and other texts to write again.
     """
@@ -52,7 +63,15 @@ class SourceLayout:
             return None
         where = "source_layout"
         layout = read_options(cls, where, config.source_layout, of=where)
-        files = [read_options(SourceFile, f"{where}.files", f, of="files") for f in layout.files]
+        files = [_read_file(f"{where}.files", entry) for entry in layout.files]
+        try:
+            # JSON may hold lone surrogates, which no file can
+            json.dumps(config.source_layout, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise CheckpointError(
+                f"{where}: text that cannot be written ({error.reason}); it is UTF-8. Remove "
+                "source_layout from config.json."
+            ) from None
         dtypes = {dtype for file in files for dtype in map(str, file.tensors.values())}
         if not dtypes <= DTYPES.keys():
             raise CheckpointError(
@@ -60,6 +79,19 @@ class SourceLayout:
                 f"known are {', '.join(DTYPES)}. Remove source_layout from config.json."
             )
         return replace(layout, files=tuple(files))
+
+    def published(self) -> dict[str, Any]:
+        """The source's config.json; CheckpointError if it is none."""
+        try:
+            content = json.loads(self.texts["config.json"])
+        except (KeyError, TypeError, ValueError, RecursionError):
+            content = None
+        if not isinstance(content, dict):
+            raise CheckpointError(
+                "source_layout.texts: no config.json that is an object; an import records the "
+                "source's. Remove source_layout from config.json."
+            )
+        return content
 
     def names(self) -> set[str]:
         """Every tensor's."""
@@ -83,6 +115,7 @@ def record(family: str, reader: Reader | PickleReader) -> dict[str, Any]:
             "metadata": shard.metadata,
             # kept only where its spelling is unusual.
             "header": shard.header.decode() if shard.header else None,
+            **({"frame": asdict(shard.frame)} if isinstance(shard, Pickle) and shard.frame else {}),
         }
         for file, shard in reader.layout.files.items()
     ]
@@ -99,17 +132,33 @@ def _text(path: Path) -> str:
         ) from None
 
 
+def _read_file(where: str, entry: Any) -> SourceFile:
+    file = read_options(SourceFile, where, entry, of="files")
+    if file.frame is None:
+        return file
+    return replace(file, frame=read_options(Frame, f"{where}.frame", file.frame, of="frame"))
+
+
 def recorded_layout(layout: SourceLayout, blocks: Blocks) -> Layout | None:
     """The source's files; None unless they hold just the tensors of `blocks`."""
-    shapes = {b.name: b.shape for cut in blocks.values() for b in cut}
-    if layout.names() != shapes.keys():
+    places = {b.name: (name, b) for name, cut in blocks.items() for b in cut}
+    if layout.names() != places.keys():
         return None
-    files = {
-        entry.file: Shard(
-            {name: Spec(dtype, shapes[name]) for name, dtype in entry.tensors.items()},
-            entry.metadata,
-            entry.header.encode() if entry.header else None,
-        )
-        for entry in layout.files
-    }
+    files: dict[str, Shard] = {}
+    for entry in layout.files:
+        specs = {n: Spec(dtype, places[n][1].shape) for n, dtype in entry.tensors.items()}
+        if entry.frame is None:
+            header = entry.header.encode() if entry.header else None
+            files[entry.file] = Shard(specs, entry.metadata, header)
+            continue
+        for name, owner in entry.frame.same.items():
+            # one run of bytes cannot hold two parameters, which may differ by now.
+            if _content(places, name) != _content(places, owner):
+                return None
+        files[entry.file] = Pickle(specs, {}, frame=entry.frame)
     return Layout(files, layout.index)
+
+
+def _content(places: dict[str, tuple[str, Block]], name: str) -> Any:
+    parameter, block = places.get(name, (name, None))
+    return parameter, block and (block.box, block.start)

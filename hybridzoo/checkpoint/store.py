@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hybridzoo.checkpoint.convert import CONVERTERS, MODEL_TYPE, family
 from hybridzoo.checkpoint.convert.base import Family, differences, published_config
+from hybridzoo.checkpoint.frame import PICKLE_FILE, Pickle
 from hybridzoo.checkpoint.io import INDEX_FILE, Layout, plan, write
 from hybridzoo.checkpoint.layout import Blocks, unfused, whole
 from hybridzoo.checkpoint.recorded import SourceLayout, recorded_layout
@@ -83,7 +84,7 @@ class Store:
             write(self.directory, files, fetch, texts=texts)
             return
         for shard in files.files.values():
-            for name in shard.tensors:
+            for name in shard.fetched():
                 fetch(name)
 
     def _specs(self, source: Parameters, blocks: Blocks) -> dict[str, Spec]:
@@ -119,35 +120,58 @@ class Store:
         texts: dict[str, str] = {}
         if layout is not None and layout.family == known.model_type:
             texts = dict(layout.texts)
-            if not differences(config, known.read(json.loads(texts["config.json"]))):
+            if not differences(config, known.read(layout.published())):
                 blocks = known.blocks(config, layout.names())
                 files = recorded_layout(layout, blocks)
                 if files is not None:
-                    return self._as_recorded(source, blocks, files, texts)
+                    return self._as_recorded(known, source, blocks, files, texts)
         published = published_config(known, config, self._main_dtype(source))
         texts["config.json"] = json.dumps(published, indent=2) + "\n"
         texts.pop(INDEX_FILE, None)
         blocks = known.blocks(config)
-        files = plan(self._specs(source, blocks), self.max_shard_bytes)
+        specs = self._specs(source, blocks)
+        if known.original:
+            files = Layout({PICKLE_FILE: Pickle(specs, {}, same=_twice(blocks))})
+        else:
+            files = plan(specs, self.max_shard_bytes)
         return blocks, files, _encoded(texts)
 
     def _as_recorded(
-        self, source: Parameters, blocks: Blocks, files: Layout, texts: dict[str, str]
+        self,
+        known: Family,
+        source: Parameters,
+        blocks: Blocks,
+        files: Layout,
+        texts: dict[str, str],
     ) -> tuple[Blocks, Layout, dict[str, bytes]]:
         if self.dtype is not None:
             specs = self._specs(source, blocks)
             for file, shard in files.files.items():
-                files.files[file] = replace(
-                    shard, tensors={n: specs[n] for n in shard.tensors}, header=None
+                own = {n: specs[n] for n in shard.tensors}
+                files.files[file] = (
+                    Pickle(own, {}, same=_twice(blocks))
+                    if isinstance(shard, Pickle)
+                    else replace(shard, tensors=own, header=None)
                 )
             if files.index is not None:
                 files.index = {"total_size": sum(s.n_bytes for s in specs.values())}
                 texts.pop(INDEX_FILE, None)
-            published = json.loads(texts["config.json"])
-            key = "torch_dtype" if "torch_dtype" in published else "dtype"
-            published[key] = self._main_dtype(source)
-            texts["config.json"] = json.dumps(published, indent=2) + "\n"
+            if not known.original:
+                published = json.loads(texts["config.json"])
+                key = "torch_dtype" if "torch_dtype" in published else "dtype"
+                published[key] = self._main_dtype(source)
+                texts["config.json"] = json.dumps(published, indent=2) + "\n"
         return blocks, files, _encoded(texts)
+
+
+def _twice(blocks: Blocks) -> dict[str, str]:
+    """Stored tensors that are another one over again, and that one: a tied head, the embedding."""
+    return {
+        again.name: cut[0].name
+        for cut in blocks.values()
+        for again in cut[1:]
+        if again.box == cut[0].box
+    }
 
 
 def _encoded(texts: Mapping[str, str]) -> dict[str, bytes]:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hybridzoo.checkpoint import load
 from tests.families import tiny
+from tests.families.base import opened
 
 
 @pytest.fixture(scope="session")
@@ -15,7 +15,7 @@ def made(tmp_path_factory):
     def make(layout, variant):
         if (layout, variant) not in cache:
             built = tiny(layout, variant, tmp_path_factory.mktemp(f"{layout}-{variant}"))
-            cache[layout, variant] = built, load(built.directory, dtype=torch.float32)
+            cache[layout, variant] = built, opened(built.directory, dtype=torch.float32)
         return cache[layout, variant]
 
     return make

@@ -6,8 +6,9 @@ from tests.families.base import Tiny, make
 from tests.families.jamba import JAMBA
 from tests.families.mamba import FALCON_MAMBA, MAMBA
 from tests.families.mamba2 import MAMBA2
+from tests.families.state_spaces import STATE_SPACES
 
-FAMILIES = {family.layout: family for family in (JAMBA, MAMBA, MAMBA2, FALCON_MAMBA)}
+FAMILIES = {family.layout: family for family in (JAMBA, MAMBA, MAMBA2, FALCON_MAMBA, STATE_SPACES)}
 
 
 def tiny(layout: str, variant: str, directory: Path) -> Tiny:

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from hybridzoo.checkpoint import convert, load
+from hybridzoo.model import HybridLM
 
 VOCAB, LENGTH, N_GREEDY = 128, 21, 16
 
@@ -177,6 +181,20 @@ def check_every_parameter_matters(model: nn.Module, ids: Tensor) -> None:
     idle = [n for n, p in model.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-4]
     assert not idle, idle
     model.zero_grad(set_to_none=True)
+
+
+def is_pickled(directory: Path) -> bool:
+    """Whether load() refuses a directory because of what its weights are stored in."""
+    return (directory / "pytorch_model.bin").exists()
+
+
+def opened(directory: Path, **options: Any) -> HybridLM:
+    """load(), of pickled weights by way of our own layout."""
+    if not is_pickled(directory):
+        return load(directory, **options)
+    with tempfile.TemporaryDirectory() as native:
+        convert(directory, native, from_pickle=True)
+        return load(native, **options)
 
 
 def change_tensors(directory: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:

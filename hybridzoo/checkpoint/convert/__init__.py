@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
+from typing import Any
 
 from hybridzoo.checkpoint.convert.base import Family
 from hybridzoo.errors import CheckpointError
@@ -14,9 +16,16 @@ CONVERTERS = {
     "jamba": "hybridzoo.checkpoint.convert.jamba:JAMBA",
     "mamba": "hybridzoo.checkpoint.convert.mamba:MAMBA",
     "mamba2": "hybridzoo.checkpoint.convert.mamba2:MAMBA2",
+    "state_spaces": "hybridzoo.checkpoint.convert.state_spaces:STATE_SPACES",
 }
 # the model_type of our own directories.
 MODEL_TYPE = "hybridzoo"
+
+
+def family_of(published: Mapping[str, Any]) -> Family:
+    """The family of a config.json: its model_type's, or the originals', which say none."""
+    is_original = "model_type" not in published and {"d_model", "n_layer"} <= published.keys()
+    return family("state_spaces" if is_original else published.get("model_type"))
 
 
 def family(model_type: object) -> Family:
