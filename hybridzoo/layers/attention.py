@@ -207,10 +207,10 @@ class Attention(Layer):
     def forward(self, x: Tensor, state: State | None, ctx: Sequence) -> Tensor:
         """(b, l, d) -> this rank's share of (b, l, d)."""
         partial = self.partial_params()
-        *qkv, gate, up = (*self.project("qkv_proj", x, partial), None, None)[:5]
+        q, k, v, *gate_up = self.project("qkv_proj", x, partial)
         if self.config.d_conv:
-            qkv = self._convolved(qkv, partial, state, ctx)
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in qkv)  # (b, l, h or hk, p)
+            q, k, v = self._convolved([q, k, v], partial, state, ctx)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))  # (b, l, h or hk, p)
         positions = ctx.local_positions(x)
         if state:
             positions = self._absolute(positions, state, ctx)
@@ -224,7 +224,10 @@ class Attention(Layer):
             packs = {"cu_seqlens": ctx.cu_seqlens, "max_seqlen": ctx.max_seqlen}
             o = attention(q, k, v, k_start=_first_token(ctx.pad_mask), **packs, **options)
         o = o.flatten(2)
-        return self.out_proj(o if gate is None else torch.cat([o, F.silu(gate) * up], -1))
+        if gate_up:
+            gate, up = gate_up
+            o = torch.cat([o, F.silu(gate) * up], -1)
+        return self.out_proj(o)
 
     def _convolved(
         self, qkv: list[Tensor], partial: dict[str, Tensor], state: State | None, ctx: Sequence
