@@ -18,12 +18,11 @@ def facts(config: HybridConfig) -> dict[str, Any]:
 
     Returns:
         name, pattern, d_model, vocab_size, n_places, n_stages, n_params, n_active_params,
-        weight_bytes (bf16), flops_per_token, state_bytes and transformer_state_bytes (one sequence
-        in bf16, by context), transformer (what that twin is) and layers: one row a letter with
-        kind, count, parameters of one and options.
+        weight_bytes (in bf16) and weight_bytes_fp32, flops_per_token, state_bytes and
+        transformer_state_bytes (one sequence in bf16, by context), transformer (what that twin is)
+        and layers: one row a letter with kind, count, parameters of one and options.
     """
-    twin, twin_text = _transformer(config)
-    n_mixers = _n_mixers(config)
+    twin, n_twins, twin_text = _transformer(config)
     return {
         "name": config.name,
         "pattern": " ".join(config.pattern.split()),
@@ -33,11 +32,12 @@ def facts(config: HybridConfig) -> dict[str, Any]:
         "n_stages": config.expanded.n_segments,
         "n_params": config.n_params(),
         "n_active_params": config.n_active_params(),
-        "weight_bytes": 2 * config.n_params(),
+        "weight_bytes": _weight_bytes(config, 2),
+        "weight_bytes_fp32": _weight_bytes(config, 4),
         "flops_per_token": {n: config.flops_per_token(n) for n in CONTEXTS},
         "state_bytes": {n: config.state_bytes(n) for n in CONTEXTS},
         "transformer_state_bytes": {
-            n: n_mixers * _bytes(twin.state(config.d_model, 1, n)) for n in CONTEXTS
+            n: n_twins * _bytes(twin.state(config.d_model, 1, n)) for n in CONTEXTS
         },
         "transformer": twin_text,
         "layers": [_row(config, letter) for letter in config.expanded.letters],
@@ -82,8 +82,9 @@ def _n_mixers(config: HybridConfig) -> int:
     return sum(any(_mixes(b, config.d_model) for b in place) for place in config.places)
 
 
-def _transformer(config: HybridConfig) -> tuple[AttentionConfig, str]:
-    # the twin keeps this model's own attention heads, if any: no comparison with a straw man.
+def _transformer(config: HybridConfig) -> tuple[AttentionConfig, int, str]:
+    """Its attention, in how many places, and that as text: no comparison with a straw man."""
+    # the model's own heads, if it has attention.
     own = Counter(
         b.config for place in config.places for b in place if isinstance(b.config, AttentionConfig)
     )
@@ -97,7 +98,16 @@ def _transformer(config: HybridConfig) -> tuple[AttentionConfig, str]:
     )
     _, n_kv_heads, p = attention.widths(config.d_model)
     heads = f"{n_kv_heads} key/value head{'s' * (n_kv_heads > 1)} of {p}"
-    return attention, f"attention with {heads} in all {_n_mixers(config)} sequence-mixing places"
+    # a stack of mixers alone is twice as deep as a transformer of its size, half feed-forward.
+    n_mixers, n_places = _n_mixers(config), len(config.places)
+    n = min(n_mixers, (n_places + 1) // 2)
+    where = f"all {n} sequence-mixing" if n == n_mixers else f"{n} of {n_places}"
+    return attention, n, f"attention with {heads} in {where} places"
+
+
+def _weight_bytes(config: HybridConfig, itemsize: int) -> int:
+    """Of weights whose items have that size, but for those that stay in fp32."""
+    return sum(_numel(p.shape) * (4 if p.fp32 else itemsize) for _, p in config.params())
 
 
 def _bytes(state: dict[str, StateTensor]) -> int:

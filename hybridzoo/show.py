@@ -29,15 +29,29 @@ COLOURS = {"mamba1": "cyan", "mamba2": "blue", "attention": "red", "mlp": "green
 
 def console() -> Console:
     """Standard output; a pipe has no width, so it gets one at which no table is cut."""
-    return Console() if sys.stdout.isatty() else Console(width=120)
+    return Console() if sys.stdout.isatty() else Console(width=140)
 
 
-def zoo(models: Iterable[Any]) -> Table:
-    """One row a model: ModelEntry of zoo."""
-    table = Table("model", "pattern", "parameters", "active", "licence", "weights")
-    for m in models:
-        sizes = count(m.n_params), count(m.n_active_params)
-        table.add_row(m.name, Text(m.pattern), *sizes, m.licence, m.weights)
+def zoo(models: Iterable[Any], width: int | None = None) -> Table:
+    """One line a model, kin together and the smaller first: ModelEntry of zoo.
+
+    A narrow console cuts the pattern; below 120 columns the licence goes, and the repository is
+    "hub": --json has all of it.
+    """
+    is_wide = (width or console().width) >= 120
+    table = Table(box=None)
+    table.add_column("model", no_wrap=True)
+    table.add_column("pattern")
+    table.add_column("params", justify="right", no_wrap=True)
+    table.add_column("active", justify="right", no_wrap=True)
+    for name in ("licence", "weights") if is_wide else ("weights",):
+        table.add_column(name, no_wrap=True)
+    for m in sorted(models, key=lambda m: (m.name.split("-")[0], m.n_params, m.name)):
+        pattern = Text(m.pattern, no_wrap=True, overflow="ellipsis")
+        active = count(m.n_active_params) if m.n_active_params < m.n_params else ""
+        near = m.weights if "/" not in m.weights else "hub"
+        place = (m.licence, m.weights) if is_wide else (near,)
+        table.add_row(m.name, pattern, count(m.n_params), active, *place)
     return table
 
 

@@ -25,27 +25,16 @@ def bytes_text(n: int) -> str:
     return f"{n} B"
 
 
-def weight_bytes(config: HybridConfig, itemsize: int) -> int:
-    """Of a dtype of so many bytes, but for what stays in fp32."""
-    total = 0
-    for _, param in config.params():
-        n = 4 if param.fp32 else itemsize
-        for size in param.shape:
-            n *= size
-        total += n
-    return total
-
-
 def render_facts(config: HybridConfig, config_name: str) -> str:
     found = facts(config)
-    weights, states = weight_bytes(config, 2), found["state_bytes"]
+    weights, states = found["weight_bytes"], found["state_bytes"]
     rows = [
         ("parameters", f"{found['n_params']:,}"),
         ("active a token", f"{found['n_active_params']:,}"),
         ("d_model, vocabulary", f"{found['d_model']:,}, {found['vocab_size']:,}"),
         ("pattern", f"`{config.pattern}`"),
         ("weights in bf16", bytes_text(weights)),
-        ("weights in fp32", bytes_text(weight_bytes(config, 4))),
+        ("weights in fp32", bytes_text(found["weight_bytes_fp32"])),
         *(
             (f"state of one sequence at {n // 1024}K tokens", bytes_text(size))
             for n, size in states.items()

@@ -1,5 +1,7 @@
 """A config in figures: against counts made by hand."""
 
+import pytest
+
 from hybridzoo import HybridConfig
 from hybridzoo.describe import CONTEXTS, draw, facts
 
@@ -42,7 +44,9 @@ def test_parameters_are_those_counted_by_hand():
     once = MAMBA + ATTENTION + SHARED + MLP + WIDER + ROUTER + REST
     assert found["n_params"] == once + 4 * EXPERT
     assert found["n_active_params"] == once + 2 * EXPERT
-    assert found["weight_bytes"] == 2 * found["n_params"]
+    assert found["weight_bytes_fp32"] == 4 * found["n_params"]
+    # A_log, D and dt_bias stay in fp32 in a model in bf16
+    assert found["weight_bytes"] == 2 * found["n_params"] + 2 * (16 * 2 + 16 + 16)
 
 
 def test_stack_is_counted_in_places_and_stages():
@@ -102,13 +106,31 @@ def test_transformer_of_a_model_without_attention_has_heads_of_a_usual_width():
         layers = {"M": OPTIONS["layers"]["M"]}
         return facts(config(pattern="4M", d_model=d_model, layers=layers, layers_at={}, shared={}))
 
-    assert "2 key/value heads of 128 in all 4" in twin(256)["transformer"]
-    assert "3 key/value heads of 64 in all 4" in twin(192)["transformer"]
-    assert "1 key/value head of 24 in all 4" in twin(24)["transformer"]
+    assert "2 key/value heads of 128" in twin(256)["transformer"]
+    assert "3 key/value heads of 64" in twin(192)["transformer"]
+    assert "1 key/value head of 24" in twin(24)["transformer"]
     found = twin(256)
-    # 4 places, keys and values of 256, bf16; the model's own does not grow
-    assert found["transformer_state_bytes"][M] == 4 * (2 * 256 * 2 * M + 4)
+    # 2 of 4 places, keys and values of 256, bf16; the model's own does not grow
+    assert found["transformer_state_bytes"][M] == 2 * (2 * 256 * 2 * M + 4)
     assert found["state_bytes"][K] == found["state_bytes"][M]
+
+
+@pytest.mark.parametrize(
+    "pattern, where, n",
+    [
+        ("4M", "2 of 4 places", 2),
+        ("5M", "3 of 5 places", 3),
+        ("2(MMF)", "3 of 6 places", 3),
+        ("2(MF)", "all 2 sequence-mixing places", 2),
+        ("FMF", "all 1 sequence-mixing places", 1),
+    ],
+)
+def test_transformer_has_a_feed_forward_layer_for_every_attention(pattern, where, n):
+    layers = {letter: OPTIONS["layers"][letter] for letter in set(pattern) & set("MF")}
+    found = facts(config(pattern=pattern, layers=layers, layers_at={}, shared={}))
+    assert found["transformer"].endswith(f" in {where}")
+    # one head of 8, keys and values in bf16, and a position
+    assert found["transformer_state_bytes"][K] == n * (2 * 8 * 2 * K + 4)
 
 
 def test_parallel_place_mixes_if_one_of_its_branches_does():

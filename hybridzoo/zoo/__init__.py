@@ -60,12 +60,12 @@ class ModelEntry:
         """Its layers, as the YAML writes them."""
         return self.config.pattern
 
-    @property
+    @cached_property
     def n_params(self) -> int:
         """Parameters."""
         return self.config.n_params()
 
-    @property
+    @cached_property
     def n_active_params(self) -> int:
         """Parameters that one token uses."""
         return self.config.n_active_params()
