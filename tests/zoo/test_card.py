@@ -1,8 +1,12 @@
 """Cards: read, checked, rendered, taken by the hub's own client; their facts are counted."""
 
 import importlib.util
+import inspect
+import re
+import shlex
 import shutil
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -71,6 +75,49 @@ def test_hub_client_takes_every_card(path):
     theirs = ModelCard(path.read_text())
     assert theirs.data.to_dict() == front.to_dict()
     assert theirs.text == Card.read(path).body
+
+
+def test_keys_are_the_hub_s_own_but_for_three_of_ours():
+    theirs = set(inspect.signature(ModelCardData).parameters)
+    assert {f.name for f in fields(FrontMatter)} - theirs == {"hub", "paper", "context"}
+
+
+@pytest.mark.parametrize("path", CARDS, ids=lambda path: path.stem)
+def test_licence_is_an_id_of_the_hub_or_has_a_name_and_a_text(path):
+    front = Card.read(path).front
+    assert front.license in ("apache-2.0", "other")
+    assert (front.license == "other") == bool(front.license_name) == bool(front.license_link)
+
+
+PUBLISHED = [path for path in CARDS if Card.read(path).front.hub]
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_card_of_published_weights_says_where_they_are_and_that_they_are_not_measured(path):
+    card = Card.read(path)
+    assert card.front.base_model == card.front.hub
+    assert f"[{card.front.hub}](https://huggingface.co/{card.front.hub})" in card.body
+    assert f"](https://arxiv.org/abs/{card.front.paper.removeprefix('arxiv:')})" in card.body
+    assert re.search(r"hybridzoo\s+has\s+not\s+(measured|run)\s+these\s+weights", card.body)
+    assert card.body.startswith(f"# {path.stem}\n")
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_commands_of_a_card_follow_from_one_another(path):
+    card = Card.read(path)
+    blocks = re.findall(r"```bash\n(.*?)```", card.body, re.DOTALL)
+    there = set()
+    for words in (shlex.split(line) for block in blocks for line in block.splitlines()):
+        if words[:2] == ["hf", "download"]:
+            assert words[2] == card.front.hub or words[3] == "tokenizer.json"
+            there.add(words[words.index("--local-dir") + 1])
+        elif words[:2] == ["hybridzoo", "convert"]:
+            assert words[2] in there and words[4:] == ["--from-pickle"]
+            there.add(words[3])
+        elif words[:2] == ["hybridzoo", "generate"]:
+            assert words[2] in there and words[3] == "--prompt"
+        else:
+            assert words == ["hf", "auth", "login"]
 
 
 MISTAKES = {
