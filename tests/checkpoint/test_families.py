@@ -21,6 +21,15 @@ from tests.families import FAMILIES
 from tests.families.base import LENGTH, N_GREEDY, change_tensors, is_pickled, opened
 
 PAIRS = [(layout, variant) for layout, family in FAMILIES.items() for variant in family.variants]
+# the files alone differ: their function is another variant's
+RESPELLED = {"sparse", "first_names", "sharded", "bf16", "legacy", "fused"}
+FUNCTIONS = [pair for pair in PAIRS if pair[1] not in RESPELLED]
+# the other ways out differ in our own machinery, not in what a family's files are
+EXPORTS = [
+    pytest.param(*pair, way, marks=[pytest.mark.slow] if way != "convert" else [])
+    for pair in PAIRS
+    for way in ("convert", "save", "through native")
+]
 RELOADED = [(x, y) for x, y in PAIRS if FAMILIES[x].variants[y].reload]
 TIED = [("jamba", "tied"), ("mamba", "plain"), ("mamba2", "one_group"), ("falcon_mamba", "plain")]
 MOVES = [(layout, key) for layout, family in FAMILIES.items() for key in family.moves]
@@ -29,6 +38,11 @@ IDLE = [(layout, key) for layout, family in FAMILIES.items() for key in family.i
 
 @pytest.fixture(params=PAIRS, ids="-".join)
 def pair(request, made):
+    return made(*request.param)
+
+
+@pytest.fixture(params=FUNCTIONS, ids="-".join)
+def function(request, made):
     return made(*request.param)
 
 
@@ -44,8 +58,8 @@ def test_logits_are_the_references(pair):
 
 
 @torch.no_grad()
-def test_greedy_ids_are_the_references(pair):
-    tiny, ours = pair
+def test_greedy_ids_are_the_references(function):
+    tiny, ours = function
     ids = tiny.ids
     for _ in range(N_GREEDY):
         ids = torch.cat([ids, ours(ids)[:, -1:].argmax(-1)], 1)
@@ -54,16 +68,16 @@ def test_greedy_ids_are_the_references(pair):
 
 @torch.no_grad()
 @pytest.mark.parametrize("chunks", [(1,) * LENGTH, (8, 8, 5)], ids=["tokens", "chunks"])
-def test_states_continue_the_sequence(pair, chunks):
-    tiny, ours = pair
+def test_states_continue_the_sequence(function, chunks):
+    tiny, ours = function
     state = ours.init_state(2, LENGTH)
     got = torch.cat([ours(part, state=state) for part in tiny.ids.split(chunks, 1)], 1)
     close(got, tiny.logits, tiny)
 
 
 @torch.no_grad()
-def test_left_padded_rows_are_the_rows_alone(pair):
-    tiny, ours = pair
+def test_left_padded_rows_are_the_rows_alone(function):
+    tiny, ours = function
     alone = tiny.reference(tiny.ids[1:, 6:])
     ids, mask = tiny.ids.clone(), torch.ones_like(tiny.ids)
     ids[1, :6], mask[1, :6] = 0, 0
@@ -73,9 +87,9 @@ def test_left_padded_rows_are_the_rows_alone(pair):
 
 
 @torch.no_grad()
-def test_packed_rows_are_the_rows_alone(pair):
+def test_packed_rows_are_the_rows_alone(function):
     # causal: the first 13 logits of a row are those of its first 13 ids alone
-    tiny, ours = pair
+    tiny, ours = function
     ids = torch.cat([tiny.ids[0], tiny.ids[1, :13]])[None]
     starts = torch.tensor([0, LENGTH, LENGTH + 13], dtype=torch.int32)
     got = ours(ids, cu_seqlens=starts, max_seqlen=LENGTH)[0]
@@ -92,10 +106,10 @@ def hashes(directory):
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in directory.iterdir()}
 
 
-@pytest.mark.parametrize("way", ["save", "convert", "through native"])
-def test_export_is_the_same_files_byte_for_byte(pair, way, tmp_path):
-    tiny, ours = pair
-    target, layout = tmp_path / "export", ours.config.source_layout["family"]
+@pytest.mark.parametrize(("layout", "variant", "way"), EXPORTS)
+def test_export_is_the_same_files_byte_for_byte(made, layout, variant, way, tmp_path):
+    tiny, ours = made(layout, variant)
+    target = tmp_path / "export"
     if way == "save":
         save(ours, target, layout=layout)
     elif way == "convert":
@@ -107,15 +121,15 @@ def test_export_is_the_same_files_byte_for_byte(pair, way, tmp_path):
 
 
 @torch.no_grad()
-def test_native_directory_computes_the_same(pair, tmp_path):
-    tiny, ours = pair
+def test_native_directory_computes_the_same(function, tmp_path):
+    tiny, ours = function
     save(ours, tmp_path, max_shard_bytes=100_000)
     again = load(tmp_path)
     assert again.config == ours.config
     assert torch.equal(again(tiny.ids), ours(tiny.ids))
 
 
-@pytest.mark.parametrize(("layout", "variant"), RELOADED)
+@pytest.mark.parametrize(("layout", "variant"), [pair for pair in RELOADED if pair in FUNCTIONS])
 def test_reference_reads_the_newest_dialect(made, layout, variant, tmp_path):
     """Without source_layout nothing is remembered: every file is ours."""
     tiny, ours = made(layout, variant)
@@ -126,6 +140,19 @@ def test_reference_reads_the_newest_dialect(made, layout, variant, tmp_path):
     theirs = FAMILIES[layout].variants[variant].reload(tmp_path)
     with torch.no_grad():
         close(theirs(tiny.ids), tiny.logits, tiny)
+
+
+# transformers 5 has forgotten this first name of the embedding, and draws it at random instead.
+@pytest.mark.parametrize(
+    ("layout", "variant"), [pair for pair in RELOADED if pair != ("mamba", "first_names")]
+)
+def test_reference_reads_the_files_alike(made, layout, variant):
+    """Old dialects and stale keys mean to us what they mean to it."""
+    tiny, _ = made(layout, variant)
+    with torch.no_grad():
+        close(
+            FAMILIES[layout].variants[variant].reload(tiny.directory)(tiny.ids), tiny.logits, tiny
+        )
 
 
 def sharded_logits(parallel, directory, ids):

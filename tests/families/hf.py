@@ -70,7 +70,7 @@ def variant(
 
     def reload(directory: Path) -> nn.Module:
         model, notes = model_class.from_pretrained(
-            directory, output_loading_info=True, attn_implementation="eager"
+            directory, dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
         )
         assert not any(notes.values()), notes
         return Logits(model.eval())
