@@ -7,6 +7,7 @@ the tensors, and an entry of bytes for each storage. Before 1.6 it wrote pickles
 from __future__ import annotations
 
 import io
+import itertools
 import mmap
 import pickle
 import pickletools
@@ -24,8 +25,8 @@ from hybridzoo.checkpoint.shard import DTYPE_NAMES, MAX_HEADER
 from hybridzoo.errors import CheckpointError
 from hybridzoo.options import shown
 
-# a pickle's objects take some fifty times its bytes; 100,000 tensors need less than this.
-_MAX_PICKLE = 2**24
+# 30,000 tensors need less; an operation may take a microsecond and sixty bytes.
+_MAX_PICKLE, _MAX_OPERATIONS = 2**23, 2**20
 # what an unpickler may raise on bytes that are no pickle, says Python's documentation, and torch's.
 _NOT_A_PICKLE = (
     pickle.UnpicklingError,
@@ -207,13 +208,16 @@ def _head(path: Path) -> bytes:
 
 def _check_pickle(path: Path, raw: bytes, count: int) -> None:
     """Read the operations of `count` pickles, running none: they may name what is in _GLOBALS."""
-    file = io.BytesIO(raw)
+    file, n = io.BytesIO(raw), itertools.count(1)
     try:
         for _ in range(count):
             for operation, argument, _ in pickletools.genops(file):
-                # torch reads no other operation that names a thing to call
-                if operation.name == "GLOBAL" and argument not in _GLOBALS:
-                    raise _refuse(path, f"not a pickle of plain tensors (it calls {argument})")
+                if next(n) > _MAX_OPERATIONS:
+                    raise _refuse(path, f"a pickle of more than {_MAX_OPERATIONS} operations")
+                # torch's unpickler knows no third operation that names a thing to call
+                if operation.name in ("GLOBAL", "STACK_GLOBAL") and argument not in _GLOBALS:
+                    called = argument or "what it computes"
+                    raise _refuse(path, f"not a pickle of plain tensors (it calls {called})")
     except (ValueError, struct.error, OverflowError) as error:
         said = str(error).splitlines() or [type(error).__name__]
         raise _refuse(path, f"not a pickle of plain tensors ({shown(said[0])})") from None
