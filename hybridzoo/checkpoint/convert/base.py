@@ -220,10 +220,12 @@ def open_family(family: Family, config: HybridConfig, reader: Reader | PickleRea
     source = Source(config, reader, blocks, ignored)
     for copy in blocks["embed.weight"][1:]:
         first = blocks["embed.weight"][0].name
-        if not torch.equal(reader.view(copy.name), reader.view(first)):
+        # as bytes: rows of no token may hold anything, NaN as well
+        a, b = (reader.view(name).view(torch.uint8) for name in (first, copy.name))
+        if specs[first] != specs[copy.name] or not torch.equal(a, b):
             raise CheckpointError(
                 f"{reader.directory}: {copy.name} differs from {first}, but config.json ties "
-                "them; tied weights are one. Set tie_word_embeddings to false."
+                "them; tied weights are one. Untie them there."
             )
     return source
 
@@ -276,6 +278,9 @@ def _functions(place: tuple[Branch, ...], config: HybridConfig) -> list[dict[str
         shapes = {k: p.shape for k, p in branch.config.params(config.d_model).items()}
         if "none" in (options.get("x_norm"), options.get("norm")):
             options.pop("norm_eps")
+        if branch.config.kind == "mamba2":
+            # its heads show in the shapes; attention's do not.
+            options.pop("n_heads")
         kept = {k: v for k, v in options.items() if k not in _NOT_THE_FUNCTION | _DERIVED}
         found.append({"kind": branch.config.kind, "shapes": shapes, **kept})
     return found
