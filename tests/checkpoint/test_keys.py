@@ -63,6 +63,7 @@ def test_infinity_is_written_in_words_that_every_json_reader_takes():
     ("published", "error", "said"),
     [
         ({"widht": 3}, CheckpointError, r"widht is not a key of mamba \(3\); did you mean width\?"),
+        ({"use_cache_of": 3}, CheckpointError, "use_cache_of is not a key of mamba"),
         ({"width": "3"}, ConfigError, "width: wrong type"),
         ({"width": -1}, ConfigError, "width: too small"),
         ({"limit": [0.0, {"__float__": "pi"}]}, ConfigError, "limit: wrong type"),
