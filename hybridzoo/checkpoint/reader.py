@@ -14,13 +14,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from hybridzoo.checkpoint.frame import PICKLE_FILE
 from hybridzoo.checkpoint.io import COMMITTED, INDEX_FILE, SINGLE_FILE, Layout
 from hybridzoo.checkpoint.shard import MAX_HEADER, open_shard
 from hybridzoo.checkpoint.transfer import Piece, Step
 from hybridzoo.errors import CheckpointError
-from hybridzoo.options import unique
+from hybridzoo.options import shown, unique
 
-_SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")
+_SHARD_NAME = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)
 _ATTEMPTS = 100
 
 T = TypeVar("T")
@@ -79,8 +80,8 @@ class Reader:
         ordered = sorted(pieces, key=lambda p: (places[p.name], p.start))
         shards = self.layout.files
         found = [step for p in ordered for step in shards[self._home[p.name]].steps(p)]
-        n_bytes = sum(step.n_bytes for step in found)
-        leave = once and 2 * n_bytes > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        n_bytes = sum(s.n_bytes + s.target.nbytes * s.target.is_cpu for s in found)
+        leave = once and n_bytes > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
         def run(step: Step) -> None:
             # threads do not inherit the caller's modes; this one writes to all kinds of tensors
@@ -97,7 +98,8 @@ class Reader:
             shards[file].check()
 
     def _entry(self) -> str:
-        for place in (self.directory / COMMITTED, self.directory):
+        places = [p for p in (self.directory / COMMITTED, self.directory) if p.is_dir()]
+        for place in places:
             found = [n for n in (INDEX_FILE, SINGLE_FILE) if (place / n).exists()]
             if len(found) > 1:
                 raise CheckpointError(
@@ -106,14 +108,16 @@ class Reader:
                 )
             if found:
                 return found[0]
+            if (place / PICKLE_FILE).exists():
+                # what else lies there is older than a committed save of these
+                break
         if not self.directory.is_dir():
             raise CheckpointError(
                 f"{self.directory}: no such directory; a checkpoint is a directory with "
                 "config.json and safetensors. Check the path."
             )
-        pickles = sorted(
-            p.name for p in self.directory.iterdir() if p.suffix in (".bin", ".pt", ".pth")
-        )
+        names = sorted(path.name for place in places for path in place.iterdir())
+        pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
         if pickles:
             raise CheckpointError(
                 f"{self.directory}: only pickled weights ({pickles[0]}); hybridzoo loads "
@@ -206,19 +210,26 @@ def resolve(directory: Path, name: str) -> Path:
     """Where a file lies: in a committed save that was cut short, or in the directory.
 
     Raises:
-        CheckpointError: it is a link that leads elsewhere.
+        CheckpointError: it is a link that leads elsewhere, or no name that a file can have.
     """
-    path = directory / COMMITTED / name
-    path = path if path.exists() else directory / name
-    home = directory.resolve()
+    try:
+        path = directory / COMMITTED / name
+        path = path if path.exists() else directory / name
+        home, target = directory.resolve(), path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        # a name of a page's length, or with a NUL; links in a circle, a RuntimeError up to 3.12
+        raise CheckpointError(
+            f"{directory}: {shown(name)} leads to no file ({error}); a checkpoint's files have "
+            "plain names. Download it again."
+        ) from None
     allowed = [home]
     if home.parent.name == "snapshots":
         # huggingface_hub's cache: a snapshot's files are links to blobs/ of the same repository.
         allowed.append(home.parent.parent / "blobs")
-    if not any(path.resolve().is_relative_to(a) for a in allowed):
+    if not any(target.is_relative_to(a) for a in allowed):
         raise CheckpointError(
-            f"{path}: leads out of the directory ({path.resolve()}); a checkpoint's files lie in "
-            "it. Copy the file there if you trust it."
+            f"{path}: leads out of the directory ({target}); a checkpoint's files lie in it. Copy "
+            "the file there if you trust it."
         )
     return path
 
