@@ -5,6 +5,7 @@ Mamba-1's state when several tokens continue a cache, forgets time_step_limit in
 and lets padding leak where in_proj has a bias (shared/research/families.md, section 4).
 """
 
+import copy
 import hashlib
 import json
 import shutil
@@ -217,6 +218,16 @@ def test_bf16_file_keeps_each_tensors_dtype(made, layout, tmp_path):
     wide = opened(tmp_path / "wide")
     for name, t in ours.state_dict().items():
         assert torch.equal(wide.state_dict()[name], t) and wide.state_dict()[name].dtype == t.dtype
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", [layout for layout, variant in RELOADED if variant == "bf16"])
+def test_bf16_errs_no_more_than_the_reference_in_bf16(made, layout):
+    """The residual's dtype and the norms' casts are the family's; 2: two ways to round alike."""
+    tiny, _ = made(layout, "bf16")
+    theirs = copy.deepcopy(tiny.model).bfloat16()(tiny.ids) - tiny.logits
+    ours = load(tiny.directory)(tiny.ids) - tiny.logits
+    assert ours.square().mean() <= 2**2 * theirs.square().mean()
 
 
 @pytest.mark.parametrize(("layout", "variant"), TIED)
