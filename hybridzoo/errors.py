@@ -1,6 +1,10 @@
 """The errors that a user can cause; each is one sentence: where, what, the rule, the way out."""
 
+import re
+
 _HEAD, _TAIL = 430, 160
+# a pattern's own line and a caret below it, at the end
+_EXCERPT = re.compile(r"\n  [^\n]{0,80}\n {2,80}\^\Z")
 
 
 class HybridzooError(Exception):
@@ -11,12 +15,13 @@ class HybridzooError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        # a line break is the message's own only in front of a pattern and its caret
-        first, *rest = message.split("\n  ")
-        first = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in first)
-        if len(first) > _HEAD + _TAIL:
-            first = f"{first[:_HEAD]}...{first[-_TAIL:]}"
-        super().__init__("\n  ".join([first, *rest]))
+        found = _EXCERPT.search(message[-200:])
+        excerpt = found[0] if found else ""
+        sentence = message.removesuffix(excerpt)
+        sentence = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in sentence)
+        if len(sentence) > _HEAD + _TAIL:
+            sentence = f"{sentence[:_HEAD]}...{sentence[-_TAIL:]}"
+        super().__init__(sentence + excerpt)
 
 
 class ConfigError(HybridzooError):

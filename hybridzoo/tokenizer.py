@@ -76,8 +76,10 @@ class JsonTokenizer:
         from tokenizers import Tokenizer as Backend
 
         text = path.read_bytes()
+        self._faults = _Faults(path)
         try:
-            self._backend = Backend.from_buffer(text)
+            with self._faults:
+                self._backend = Backend.from_buffer(text)
         except ValueError as error:
             raise ConfigError(
                 f"tokenizer: {path} is not a tokenizers JSON ({error}); the file is what "
@@ -97,13 +99,15 @@ class JsonTokenizer:
             ConfigError: the text holds surrogates, or raw bytes that Python keeps as such in argv.
         """
         _utf8(text)
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        with self._faults:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids as the file's post-processor completes them, but for an end: the model goes on."""
         _utf8(text)
-        ids: list[int] = self._backend.encode(text, add_special_tokens=True).ids
+        with self._faults:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=True).ids
         if ids and ids[-1] == self.eos_id:
             ids = ids[:-1]
         start = self.eos_id if self.bos_id is None else self.bos_id
@@ -111,13 +115,34 @@ class JsonTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special ones skipped; ids that the file does not know give nothing."""
-        text: str = self._backend.decode(list(ids), skip_special_tokens=True)
+        with self._faults:
+            text: str = self._backend.decode(list(ids), skip_special_tokens=True)
         return text
 
     def _special(self, named: str | None, names: Sequence[str]) -> int | None:
         candidates = names if named is None else (named,)
         ids = (self._backend.token_to_id(name) for name in candidates)
         return next((i for i in ids if i is not None), None)
+
+
+class _Faults:
+    """Where tokenizers is at work: what a file that contradicts itself makes it raise.
+
+    That is Exception itself, none of its kinds, or a panic of Rust, a type that cannot be imported.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, _: object) -> None:
+        if kind is Exception or (kind is not None and kind.__name__ == "PanicException"):
+            raise ConfigError(
+                f"tokenizer: {self.path} contradicts itself ({error}); every part must name ids of "
+                "its vocabulary. Give another file, or 'bytes'."
+            )
 
 
 def _utf8(text: str, errors: str = "strict") -> bytes:

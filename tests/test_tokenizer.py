@@ -203,3 +203,18 @@ def test_a_prompt_starts_as_the_file_says_and_is_not_ended(tmp_path):
 def test_a_prompt_of_bytes_is_its_bytes_and_an_empty_one_bos():
     assert load_tokenizer("bytes").encode_prompt("a") == [97]
     assert load_tokenizer("bytes").encode_prompt("") == [257]
+
+
+@pytest.mark.parametrize("method", ["encode", "encode_prompt"])
+def test_file_that_contradicts_itself_is_refused_when_it_shows(tmp_path, method):
+    """tokenizers raises bare Exception for a word when the id of unknown words is missing."""
+    Tokenizer(models.WordLevel({"a": 0}, unk_token="gone")).save(str(tmp_path / "words.json"))
+    tokenizer = load_tokenizer(tmp_path / "words.json")
+    assert getattr(tokenizer, method)("a") == [0]
+    with pytest.raises(ConfigError, match=r"words\.json contradicts itself \(WordLevel error"):
+        getattr(tokenizer, method)("b")
+
+
+def test_vocabulary_with_holes_needs_rows_up_to_its_highest_id(tmp_path):
+    Tokenizer(models.WordLevel({"a": 0, "b": 9}, unk_token="a")).save(str(tmp_path / "words.json"))
+    assert load_tokenizer(tmp_path / "words.json").vocab_size == 10
