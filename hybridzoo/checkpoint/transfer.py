@@ -16,8 +16,8 @@ from torch import Tensor
 
 from hybridzoo.errors import CheckpointError
 
-# one read, and one buffer; from 1 to 16 MiB no size was seen to be the best.
-STEP_BYTES = 2**22
+# one read, and one buffer; 16 MiB was faster than 4, more so where a load leaves the cache.
+STEP_BYTES = 2**24
 # shorter runs are read with what lies between them: a disk gives that for free.
 _SHORT_RUN = 2**20
 
