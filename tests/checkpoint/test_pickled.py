@@ -255,7 +255,7 @@ def archived(raw, *storages, **options):
     return file.getvalue()
 
 
-def one_tensor(numel=4, size=(4,), stride=(1,), storage="FloatStorage", key="0", offset=0):
+def one_tensor(numel=4, size=(4,), stride=(1,), key="0", offset=0, old=b""):
     """The pickle of one tensor, by hand: what torch.save would not write can be said too."""
 
     def number(n):
@@ -267,8 +267,8 @@ def one_tensor(numel=4, size=(4,), stride=(1,), storage="FloatStorage", key="0",
     def text(s):
         return b"X" + struct.pack("<I", len(s)) + s.encode()
 
-    id_ = b"(" + text("storage") + f"ctorch\n{storage}\n".encode() + text(key) + text("cpu")
-    id_ += number(numel) + b"tQ"
+    id_ = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text(key) + text("cpu")
+    id_ += number(numel) + old + b"tQ"
     rebuild = b"ctorch._utils\n_rebuild_tensor_v2\n(" + id_ + number(offset)
     rebuild += numbers(size) + numbers(stride) + b"\x89" + b"ccollections\nOrderedDict\n)RtR"
     return b"\x80\x02}" + text("a") + rebuild + b"s."
@@ -303,6 +303,12 @@ BAD = {
     "beyond its storage": archived(one_tensor(size=(5,)), bytes(16)),
     "before its storage": archived(one_tensor(offset=-4), bytes(16)),
     "one number a million times": archived(one_tensor(size=(2**40,), stride=(0,)), bytes(16)),
+    # its list of storages that follow is empty: memory that nothing fills
+    "claimed in an old file": b"".join(
+        pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
+    )
+    + one_tensor(2**20, (2**20,), old=b"N")
+    + b"\x80\x02].",
     "no storage": archived(one_tensor()),
     "storage elsewhere": archived(one_tensor(key="../../../etc/passwd"), bytes(16)),
     "no tensors": archived(b"\x80\x02K\x03."),
@@ -325,6 +331,16 @@ BAD = {
 }  # fmt: skip
 
 
+SAID = {
+    "code": "calls os system",
+    "code in an archive": "calls posix system",
+    "a terabyte": "calls __builtin__ bytearray",
+    "claimed in an old file": "more bytes than the file",
+    "compressed": "compressed, which torch.save never does",
+    "millions of lists": "operations",
+}
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_bad_pickle_ends_in_a_sentence_and_runs_nothing(tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
@@ -333,6 +349,7 @@ def test_bad_pickle_ends_in_a_sentence_and_runs_nothing(tmp_path, monkeypatch, c
     with pytest.raises(CheckpointError) as refused:
         PickleReader(tmp_path, remember=True)
     text = str(refused.value)
+    assert SAID.get(case, PICKLE_FILE) in text
     assert PICKLE_FILE in text and "\n" not in text and len(text) < 600
     assert [p.name for p in tmp_path.iterdir()] == [PICKLE_FILE]
     # what any bad input may take
@@ -417,6 +434,13 @@ def test_frame_of_somebody_else_is_refused(tmp_path, monkeypatch, case):
         write(target, Layout({PICKLE_FILE: broken}), content.__getitem__, texts={})
     assert not target.exists() or not list(target.iterdir())
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("case", ["cut off", "more than any frame"])
+def test_frame_that_does_not_end_is_not_written_at_all(tmp_path, case):
+    made = read(saved(tmp_path)).layout.files[PICKLE_FILE]
+    with pytest.raises(CheckpointError, match="cut off, or more than 67108864 bytes"):
+        FRAMES[case](made.frame).pieces(made.tensors)
 
 
 def test_long_frames_are_not_remembered(tmp_path, monkeypatch):

@@ -191,6 +191,12 @@ def test_bamba_of_fms_has_the_published_count(tmp_path):
     assert read_config(tmp_path).n_params() == 9_780_235_392
 
 
+def test_stream_is_kept_in_fp32_where_the_file_says_so(made):
+    """In fp32 models nothing shows it."""
+    assert made("state_spaces", "mamba")[1].config.residual_fp32
+    assert not made("state_spaces", "every")[1].config.residual_fp32
+
+
 def test_weights_are_loaded_only_from_safetensors(made):
     tiny, _ = made("state_spaces", "mamba")
     with pytest.raises(CheckpointError, match=r"only pickled weights.*convert .* --from-pickle"):
@@ -294,7 +300,8 @@ def save_in_two(parallel, native, target):
 
 
 def test_two_ranks_write_the_sources_file(made, tmp_path):
-    tiny, _ = made("state_spaces", "every")
+    # its head is the embedding under a second name: written once, asked for once
+    tiny, _ = made("state_spaces", "mamba2attn")
     convert(tiny.directory, tmp_path / "native", from_pickle=True)
     gloo.run(2, save_in_two, tmp_path / "native", tmp_path / "again")
     assert_same_files(tmp_path / "again", tiny.directory)
