@@ -262,6 +262,25 @@ def test_published_directory_goes_to_ours_and_back_byte_for_byte(run, tmp_path):
     assert run("generate", str(source), "--temperature", "0")[0] == 2  # no tokenizer beside it
 
 
+def test_original_files_convert_when_their_pickle_may_be_read(run, tmp_path):
+    tiny("state_spaces", "mamba", tmp_path)
+    (tmp_path / "source").mkdir()
+    for path in tmp_path.glob("*.*"):
+        path.rename(tmp_path / "source" / path.name)
+    code, _, err = run("convert", "source", "native")
+    assert code == 2 and "--from-pickle" in err
+    assert run("convert", "source", "native", "--from-pickle")[0] == 0
+    assert run("convert", "native", "back", "--layout", "state_spaces")[0] == 0
+    for path in Path("source").iterdir():
+        assert (Path("back") / path.name).read_bytes() == path.read_bytes()
+    assert run("convert", "native", "small", "--unpad-vocab")[0] == 0
+    sizes = {
+        name: json.loads(run("info", name, "--json")[1])["vocab_size"]
+        for name in ("source", "native", "small")
+    }
+    assert sizes == {"source": 128, "native": 128, "small": 125}
+
+
 def test_name_of_the_zoo_converts_too(run):
     assert run("convert", "shakespeare", "copy")[0] == 0
     copy, ours = load("copy").state_dict(), hybridzoo.load("shakespeare").state_dict()
