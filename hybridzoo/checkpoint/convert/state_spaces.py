@@ -123,7 +123,8 @@ def _read(published: Mapping[str, Any]) -> HybridConfig:
         pattern=compact([("A" if i in attends else "M") + ffn for i in range(n)]),
         layers=legend,
         norm="rms_norm" if options["rms_norm"] else "layer_norm",
-        # the package's own, which no key changes.
+        # the package's own, which no key changes: eps, and one rounding, after the weight.
+        norm_weight_fp32=options["rms_norm"],
         norm_eps=1e-5,
         tie_embeddings=options["tie_embeddings"],
         residual_fp32=options["residual_in_fp32"],
