@@ -36,7 +36,8 @@ print(peak() - before)
 """
 LOAD = """
 model = load(directory, dtype=torch.{dtype})
-assert all(torch.isfinite(p).all() for p in model.parameters())
+# an element of every page, without a temporary
+assert all(p.detach().view(-1)[::1000].sum() >= 0 for p in model.parameters())
 """
 
 
