@@ -468,3 +468,12 @@ def test_progress_ends_at_the_whole(whole):
     verify(whole, progress=lambda check, done, total: seen.update({check: (done, total)}))
     assert seen.keys() == {"values", "checksums"}
     assert all(done == total > 0 for done, total in seen.values())
+
+
+def test_links_in_a_circle_and_names_of_a_page_lead_to_no_file(sealed):
+    (sealed / "SHA256SUMS").write_text(f"{'0' * 64}  {'a' * 300}\n")
+    (sealed / "config.json").unlink()
+    (sealed / "config.json").symlink_to("config.json")
+    said = failed(sealed)
+    assert f"{sealed}: 'config.json' leads to no file" in said["tensors"]
+    assert "leads to no file" in said["checksums"]
