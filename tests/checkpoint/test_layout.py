@@ -236,7 +236,7 @@ def test_source_of_a_missing_config_is_refused(tmp_path):
     [
         (["MF", "ME", "MF", "ME", "AF", "ME", "MF", "ME"] * 4, "4(MF ME MF ME AF ME MF ME)"),
         ((["MF"] * 7 + ["AF"] + ["MF"] * 6) * 2, "2(7(MF) AF 6(MF))"),
-        (["M"] * 48, "48(M)"),
+        (["M"] * 48, "48M"),
         (["AF"], "AF"),
         (["MF", "AF", "MF"], "MF AF MF"),
     ],
