@@ -14,6 +14,8 @@ from hybridzoo import __version__
 from hybridzoo.errors import CheckpointError, ConfigError, HybridzooError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
 
     from hybridzoo.tokenizer import Tokenizer
@@ -134,9 +136,7 @@ def generate(
     first = next(steps)
     if not quiet:
         typer.echo(show.run_line(lm.config, lm.embed.weight), err=True)
-    # bytes: whatever the locale, and argv's raw bytes as they came; echo flushes
-    for text in show.texts(prompt, chain([first], steps), tokenizer):
-        typer.echo(text.encode("utf-8", "surrogateescape"), nl=False)
+    _print(show.texts(prompt, chain([first], steps), tokenizer))
 
 
 @app.command()
@@ -277,6 +277,12 @@ def _encode(prompt: str, tokenizer: Tokenizer) -> torch.Tensor:
             "word or two to continue."
         )
     return torch.tensor([ids])
+
+
+def _print(texts: Iterable[str]) -> None:
+    # bytes: whatever the locale, and argv's raw bytes as they came; echo flushes
+    for text in texts:
+        typer.echo(text.encode("utf-8", "surrogateescape"), nl=False)
 
 
 if __name__ == "__main__":

@@ -200,7 +200,7 @@ def _files(directory: Path) -> set[tuple[str, int, int]]:
         # a save that ends takes COMMITTED away
         with suppress(FileNotFoundError, NotADirectoryError), os.scandir(place) as entries:
             for entry in entries:
-                if not entry.is_dir():
+                if not entry.is_dir(follow_symlinks=False):
                     status = entry.stat(follow_symlinks=False)
                     found.add((entry.path, status.st_ino, status.st_mtime_ns))
     return found
@@ -249,7 +249,8 @@ def read_json(path: Path) -> dict[str, Any]:
             "again."
         )
     try:
-        content = json.loads(path.read_bytes(), object_pairs_hook=unique)
+        # as text: of bytes Python also takes what transformers and an export do not
+        content = json.loads(path.read_bytes().decode(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: not JSON ({error}); expected an object. Download it again."
