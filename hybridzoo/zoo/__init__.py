@@ -231,7 +231,9 @@ def _without_weights(entry: ModelEntry) -> str:
     hub = entry.front.hub
     where = f"they are published at https://huggingface.co/{hub}" if hub else "none are published"
     download = "Download them and pass their directory, or " if hub else ""
-    start = "build" if hub else "Build"
+    if Path(entry.name).is_dir():
+        download = f"Write ./{entry.name} for the directory of that name, or "
+    start = "build" if download else "Build"
     return (
         f"{entry.name}: its weights do not ship with hybridzoo ({entry.n_params:,} parameters, "
         f"licence {entry.licence}); {where}. {download}{start} it with random ones: "

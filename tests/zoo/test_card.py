@@ -103,6 +103,14 @@ def test_card_of_published_weights_says_where_they_are_and_that_they_are_not_mea
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_card_means_a_directory_where_a_name_of_the_zoo_would_win(path):
+    meant = r"hybridzoo (?:convert|generate) (\S+)|hybridzoo\.load\(\"([^\"]+)"
+    found = {"".join(pair) for pair in re.findall(meant, path.read_text())}
+    assert found
+    assert not found & {path.stem for path in CARDS}
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
 def test_commands_of_a_card_follow_from_one_another(path):
     card = Card.read(path)
     blocks = re.findall(r"```bash\n(.*?)```", card.body, re.DOTALL)
@@ -112,10 +120,10 @@ def test_commands_of_a_card_follow_from_one_another(path):
             assert words[2] == card.front.hub or words[3] == "tokenizer.json"
             there.add(words[words.index("--local-dir") + 1])
         elif words[:2] == ["hybridzoo", "convert"]:
-            assert words[2] in there and words[4:] == ["--from-pickle"]
+            assert words[2].removeprefix("./") in there and words[4:] == ["--from-pickle"]
             there.add(words[3])
         elif words[:2] == ["hybridzoo", "generate"]:
-            assert words[2] in there and words[3] == "--prompt"
+            assert words[2].removeprefix("./") in there and words[3] == "--prompt"
         else:
             assert words == ["hf", "auth", "login"]
 

@@ -123,6 +123,10 @@ def test_name_without_weights_says_where_they_are_and_how_to_build_random_ones(s
         "they are published at https://huggingface.co/them/Large-v1. Download them and pass their "
         f"directory, or build it with random ones: HybridLM(HybridConfig.load({path!r}))."
     )
+    (small_zoo / "large").mkdir()
+    with pytest.raises(ConfigError, match=r"Write \./large for the directory of that name, or bui"):
+        load("large")
+    (small_zoo / "large").rmdir()
     card = small_zoo / "model_cards" / "large.md"
     card.write_text(card.read_text().replace("hub: them/Large-v1\n", ""))
     with pytest.raises(
