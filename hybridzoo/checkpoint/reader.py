@@ -213,8 +213,9 @@ def resolve(directory: Path, name: str) -> Path:
         CheckpointError: it is a link that leads elsewhere, or no name that a file can have.
     """
     try:
-        path = directory / COMMITTED / name
-        path = path if path.exists() else directory / name
+        # both are asked, for only the system knows which names are too long
+        there = [p for p in (directory / COMMITTED / name, directory / name) if p.exists()]
+        path = there[0] if there else directory / name
         home, target = directory.resolve(), path.resolve()
     except (OSError, RuntimeError, ValueError) as error:
         # a name of a page's length, or with a NUL; links in a circle, a RuntimeError up to 3.12
