@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from hybridzoo.checkpoint.transfer import Piece, narrow
 from hybridzoo.errors import CheckpointError
 
 _SUFFIXES = (".bin", ".pt", ".pth")
+_WEIGHTS = re.compile(r"pytorch_model.*\.bin")
 
 
 class PickleReader:
@@ -77,7 +79,8 @@ class PickleReader:
                 f"{self.directory}: no pickled weights; expected files ending in "
                 f"{', '.join(_SUFFIXES)}. Convert safetensors without --from-pickle."
             )
-        return names
+        # beside a training run's weights lie states of its random numbers and of its scaler too.
+        return [name for name in names if _WEIGHTS.fullmatch(name)] or names
 
     def _add(self, path: Path) -> None:
         tensors = load_tensors(path)

@@ -103,10 +103,7 @@ def record(family: str, reader: Reader | PickleReader) -> dict[str, Any]:
     texts = {}
     for name in _TEXTS:
         path = resolve(reader.directory, name)
-        # an index that transformers would spell alike is written again rather than remembered.
-        if path.is_file() and (
-            name != INDEX_FILE or path.read_bytes() != reader.layout.index_text().encode()
-        ):
+        if path.is_file() and (name != INDEX_FILE or _has_odd_index(reader, path)):
             texts[name] = _text(path)
     files = [
         {
@@ -121,6 +118,13 @@ def record(family: str, reader: Reader | PickleReader) -> dict[str, Any]:
     ]
     index = reader.layout.index
     return {"family": family, "files": files, "index": index, "texts": texts}
+
+
+def _has_odd_index(reader: Reader | PickleReader, path: Path) -> bool:
+    """Whether an index is of the files that were read, and not spelled as transformers does."""
+    # beside pickles, or a save that was cut short, it may be that of other weights.
+    is_own = isinstance(reader, Reader) and reader.layout.index is not None
+    return is_own and path.read_bytes() != reader.layout.index_text().encode()
 
 
 def _text(path: Path) -> str:

@@ -162,11 +162,12 @@ def test_several_files_are_read_as_one(tmp_path):
     content = tensors()
     torch.save({"a": content["a"]}, tmp_path / "pytorch_model-00001-of-00002.bin")
     torch.save({"half": content["half"]}, tmp_path / "pytorch_model-00002-of-00002.bin")
-    torch.save({"lr": 3}, tmp_path / "training_args.bin")
+    for beside in ("training_args.bin", "rng_state.pth", "scaler.pt"):
+        torch.save({"lr": 3}, tmp_path / beside)
     reader = PickleReader(tmp_path, remember=True)
     assert list(reader.layout.files) == [SINGLE_FILE] and reader.specs.keys() == {"a", "half"}
-    torch.save({"a": content["a"]}, tmp_path / "more.pt")
-    with pytest.raises(CheckpointError, match=r"a is also in more\.pt; each tensor is in one file"):
+    torch.save({"a": content["a"]}, tmp_path / PICKLE_FILE)
+    with pytest.raises(CheckpointError, match=r"a is also in pytorch_model-00001.* in one file"):
         PickleReader(tmp_path)
 
 

@@ -46,6 +46,30 @@ def test_pickled_weights_are_converted_only_when_asked(made, tmp_path):
         assert torch.equal(load(tmp_path / "native").eval()(tiny.ids), ours(tiny.ids))
 
 
+def test_index_of_other_weights_beside_pickles_is_not_written_back(made, tmp_path):
+    tiny, ours = made("mamba", "sharded")
+    source = tmp_path / "both"
+    shutil.copytree(tiny.directory, source)
+    shards = [load_file(path) for path in sorted(source.glob("*.safetensors"))]
+    assert len(shards) > 1
+    torch.save({n: t for shard in shards for n, t in shard.items()}, source / "pytorch_model.bin")
+    convert(source, tmp_path / "out", layout="mamba", from_pickle=True)
+    assert [p.name for p in tmp_path.glob("out/model*")] == ["model.safetensors"]
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "out")(tiny.ids), ours(tiny.ids))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_config_that_only_python_can_read_is_refused(made, tmp_path, encoding):
+    tiny, _ = made("mamba", "plain")
+    target = tmp_path / "copy"
+    shutil.copytree(tiny.directory, target)
+    path = target / "config.json"
+    path.write_bytes(path.read_text().encode(encoding))
+    with pytest.raises(CheckpointError, match=r"config\.json: not JSON \(.*Download it again"):
+        convert(target, tmp_path / "out", layout="mamba")
+
+
 def test_pickle_of_the_first_torches_is_converted(made, tmp_path):
     tiny, ours = made("jamba", "dense")
     source = tmp_path / "pickled"
