@@ -131,7 +131,8 @@ class Reader:
 
     def _existing(self, name: str) -> Path:
         path = resolve(self.directory, name)
-        if not path.exists():
+        # a pipe would be waited for
+        if not path.is_file():
             raise CheckpointError(
                 f"{path}: missing; the checkpoint needs this file. Download it again."
             )

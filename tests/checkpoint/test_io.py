@@ -291,6 +291,16 @@ def test_json_of_absurd_size_is_not_read(tmp_path):
         read_json(path)
 
 
+def test_pipe_in_a_files_place_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / SINGLE_FILE)
+    signal.alarm(10)
+    try:
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: missing"):
+            Reader(tmp_path)
+    finally:
+        signal.alarm(0)
+
+
 def test_missing_directory_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no such directory"):
         Reader(tmp_path / "absent")
