@@ -315,7 +315,7 @@ MISTAKES = {
     "scaling-unturned": (rope({"rope_type": "linear", "factor": 2}, 0.0), "layers.A.rope_scaling: with rope_fraction (0.0) nothing is turned. Drop it, or give rope_fraction."),
     "scaling-llama3": (rope(LLAMA3 | {"low_freq_factor": 4}), "layers.A.rope_scaling.low_freq_factor: (4.0) must be below high_freq_factor (4.0). Swap them."),
     "scaling-length": (rope(LLAMA3 | {"original_max_position_embeddings": 8.5}), "layers.A.rope_scaling.original_max_position_embeddings: wrong type (8.5); expected a whole number."),
-    "scaling-yarn": (rope(YARN | {"beta_slow": 40}), "layers.A.rope_scaling.beta_slow: (40.0) must be below beta_fast (32.0). Swap them."),
+    "scaling-yarn": (rope(YARN | {"beta_slow": 32}), "layers.A.rope_scaling.beta_slow: (32.0) must be below beta_fast (32.0). Swap them."),
     "scaling-mscale": (rope(YARN | {"mscale": 1}), "layers.A.rope_scaling.mscale: (1.0) comes with mscale_all_dim (None), or neither. Give both or none."),
     "scaling-twice": (rope(YARN | {"mscale": 1, "mscale_all_dim": 1, "attention_factor": 1}), "layers.A.rope_scaling.attention_factor: (1.0) is given twice; mscale and mscale_all_dim say it already. Drop one."),
     "scaling-theta": (rope(YARN, rope_theta=1), "layers.A.rope_scaling: yarn with rope_theta (1.0); the wavelengths must differ from channel to channel. Raise rope_theta."),

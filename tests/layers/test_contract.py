@@ -316,6 +316,12 @@ def test_the_table_is_what_the_module_holds(name):
 
 
 @every_case
+def test_all_but_biases_norms_and_scans_tables_decay(name):
+    for key, p in CASES[name].params(D_MODEL).items():
+        assert p.decay != key.endswith(("bias", "norm.weight", "A_log", "D")), key
+
+
+@every_case
 def test_step_sizes_and_decays_stay_fp32_in_a_half_model(name):
     layer = CASES[name].build(D_MODEL, dtype=torch.bfloat16)
     wide = {k for k, p in layer.named_parameters() if p.dtype == torch.float32}

@@ -24,9 +24,11 @@ def test_groups_hold_every_trained_parameter_once(tied):
     assert sorted(grouped) == sorted(trained)
 
 
-def test_only_matrices_decay():
+@pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
+def test_only_matrices_decay(norm):
     """What Mamba and Jamba exempt: norms, biases, and the scan's A_log, D and dt_bias."""
-    decayed, exempt = optim.decay_groups(runs.model())
+    decayed, exempt = optim.decay_groups(runs.model(norm=norm))
+    assert ("norm.bias" in exempt) == (norm == "layer_norm")
     spared = ("norm.weight", "bias", "A_log", "D")
     assert all(name.endswith(spared) for name in exempt)
     assert not any(name.endswith(spared) for name in decayed)
