@@ -50,7 +50,7 @@ class HybridConfig:
         name: the model's name.
         norm: of every block and the final one: rms_norm, or layer_norm, which has a bias too.
         norm_weight_fp32: multiply by an rms_norm's weight before the cast from fp32 back to the
-            model's dtype (Nemotron-H) rather than after it; changes rounding only.
+            model's dtype (Nemotron-H, mamba_ssm) rather than after it; changes rounding only.
         norm_eps: eps of every block's norm and of the final one.
         tie_embeddings: the head reads the embedding's weight.
         residual_fp32: keep the residual stream in fp32 whatever the model's dtype.
