@@ -211,7 +211,12 @@ def _mended(path: Path, pickle: Pickle, frame: Frame) -> bool:
 def _new_frame(path: Path, pickle: Pickle) -> Frame:
     """That of the file that torch.save makes of these tensors."""
     # never written to, so that they take no memory
-    tensors = {n: torch.empty(s.shape, dtype=DTYPES[s.dtype]) for n, s in pickle.tensors.items()}
+    tensors = {
+        name: torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
+        for name, spec in pickle.tensors.items()
+        if name not in pickle.same
+    }
+    # last, so that the bytes lie in the order of fetched()
     tensors |= {name: tensors[owner] for name, owner in pickle.same.items()}
     with torch.serialization.skip_data():
         torch.save(tensors, path)

@@ -26,8 +26,8 @@ class PickleReader:
     Attributes:
         directory: where the files are.
         specs: dtype and shape of every tensor.
-        layout: the files that these tensors are exported to: the one read, where it is to be
-            remembered and can be, or safetensors.
+        layout: the files that these tensors are exported to: pytorch_model.bin, the one read where
+            it can be remembered, or safetensors.
 
     Args:
         directory: where the files are.
@@ -45,11 +45,11 @@ class PickleReader:
             n: Spec(DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in self._tensors.items()
         }
         self.layout: Layout = plan(self.specs)
-        path = resolve(directory, PICKLE_FILE)
-        if remember and names == [PICKLE_FILE] and is_archive(path):
-            frame = frame_of(path, self._tensors, self.specs)
-            if frame is not None:
-                self.layout = Layout({PICKLE_FILE: Pickle(self.specs, {}, frame=frame)})
+        if remember:
+            path, frame = resolve(directory, PICKLE_FILE), None
+            if names == [PICKLE_FILE] and is_archive(path):
+                frame = frame_of(path, self._tensors, self.specs)
+            self.layout = Layout({PICKLE_FILE: Pickle(self.specs, {}, frame=frame)})
 
     def file_of(self, name: str) -> str:
         """The file that holds a tensor, for messages."""

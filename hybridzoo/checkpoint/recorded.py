@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hybridzoo.checkpoint.frame import Frame, Pickle
+from hybridzoo.checkpoint.frame import PICKLE_FILE, Frame, Pickle
 from hybridzoo.checkpoint.io import INDEX_FILE, Layout
 from hybridzoo.checkpoint.layout import Block, Blocks
 from hybridzoo.checkpoint.pickled import PickleReader
@@ -151,18 +151,28 @@ def recorded_layout(layout: SourceLayout, blocks: Blocks) -> Layout | None:
     files: dict[str, Shard] = {}
     for entry in layout.files:
         specs = {n: Spec(dtype, places[n][1].shape) for n, dtype in entry.tensors.items()}
-        if entry.frame is None:
+        if entry.frame is None and entry.file != PICKLE_FILE:
             header = entry.header.encode() if entry.header else None
             files[entry.file] = Shard(specs, entry.metadata, header)
             continue
-        for name, owner in entry.frame.same.items():
+        for name, owner in (entry.frame.same if entry.frame else {}).items():
             # one run of bytes cannot hold two parameters, which may differ by now.
             if _content(places, name) != _content(places, owner):
                 return None
-        files[entry.file] = Pickle(specs, {}, frame=entry.frame)
+        files[entry.file] = Pickle(specs, {}, frame=entry.frame, same=twice(blocks))
     return Layout(files, layout.index)
 
 
 def _content(places: dict[str, tuple[str, Block]], name: str) -> Any:
     parameter, block = places.get(name, (name, None))
     return parameter, block and (block.box, block.start)
+
+
+def twice(blocks: Blocks) -> dict[str, str]:
+    """Stored tensors that are another one over again, and that one: a tied head, the embedding."""
+    return {
+        again.name: cut[0].name
+        for cut in blocks.values()
+        for again in cut[1:]
+        if again.box == cut[0].box
+    }

@@ -16,7 +16,7 @@ from hybridzoo.checkpoint.convert.base import Family, differences, published_con
 from hybridzoo.checkpoint.frame import PICKLE_FILE, Pickle
 from hybridzoo.checkpoint.io import INDEX_FILE, Layout, plan, write
 from hybridzoo.checkpoint.layout import Blocks, unfused, whole
-from hybridzoo.checkpoint.recorded import SourceLayout, recorded_layout
+from hybridzoo.checkpoint.recorded import SourceLayout, recorded_layout, twice
 from hybridzoo.checkpoint.shard import DTYPE_NAMES, DTYPES, Spec
 from hybridzoo.config import HybridConfig
 from hybridzoo.errors import CheckpointError
@@ -131,7 +131,7 @@ class Store:
         blocks = known.blocks(config)
         specs = self._specs(source, blocks)
         if known.original:
-            files = Layout({PICKLE_FILE: Pickle(specs, {}, same=_twice(blocks))})
+            files = Layout({PICKLE_FILE: Pickle(specs, {}, same=twice(blocks))})
         else:
             files = plan(specs, self.max_shard_bytes)
         return blocks, files, _encoded(texts)
@@ -149,7 +149,7 @@ class Store:
             for file, shard in files.files.items():
                 own = {n: specs[n] for n in shard.tensors}
                 files.files[file] = (
-                    Pickle(own, {}, same=_twice(blocks))
+                    Pickle(own, {}, same=twice(blocks))
                     if isinstance(shard, Pickle)
                     else replace(shard, tensors=own, header=None)
                 )
@@ -162,16 +162,6 @@ class Store:
                 published[key] = self._main_dtype(source)
                 texts["config.json"] = json.dumps(published, indent=2) + "\n"
         return blocks, files, _encoded(texts)
-
-
-def _twice(blocks: Blocks) -> dict[str, str]:
-    """Stored tensors that are another one over again, and that one: a tied head, the embedding."""
-    return {
-        again.name: cut[0].name
-        for cut in blocks.values()
-        for again in cut[1:]
-        if again.box == cut[0].box
-    }
 
 
 def _encoded(texts: Mapping[str, str]) -> dict[str, bytes]:

@@ -254,6 +254,30 @@ def test_other_dtype_is_a_new_file_of_the_same_names(made, tmp_path):
     assert json.loads(config) == json.loads((tiny.directory / "config.json").read_text())
 
 
+@pytest.mark.parametrize("way", ["before zip", "shards"])
+def test_file_that_cannot_be_remembered_is_exported_as_mamba_ssm_reads_one(made, tmp_path, way):
+    tiny, ours = made("state_spaces", "mamba")
+    source = shutil.copytree(tiny.directory, tmp_path / "source")
+    weights = stored(source)
+    if way == "shards":
+        (source / WEIGHTS).unlink()
+        head = {"lm_head.weight": weights.pop("lm_head.weight")}
+        torch.save(head, source / "pytorch_model-00001-of-00002.bin")
+        torch.save(weights, source / "pytorch_model-00002-of-00002.bin")
+    else:
+        torch.save(weights, source / WEIGHTS, _use_new_zipfile_serialization=False)
+    convert(source, tmp_path / "native", from_pickle=True)
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "native")(tiny.ids), ours(tiny.ids))
+    save(load(tmp_path / "native"), tmp_path / "out", layout="state_spaces")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"config.json", WEIGHTS}
+    reference = read(tmp_path / "out")
+    with torch.no_grad():
+        torch.testing.assert_close(reference(tiny.ids), tiny.logits, atol=tiny.tolerance, rtol=0)
+    after = stored(tmp_path / "out")
+    assert after["lm_head.weight"].data_ptr() == after["backbone.embedding.weight"].data_ptr()
+
+
 def test_tied_head_in_bytes_of_its_own_is_read_and_written_again(made, tmp_path):
     tiny, _ = made("state_spaces", "mamba")
     source = shutil.copytree(tiny.directory, tmp_path / "source")
