@@ -24,7 +24,7 @@ from hybridzoo.errors import CheckpointError
 from hybridzoo.model import HybridLM
 from hybridzoo.sharding import Replicate
 
-_WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
+WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -165,10 +165,10 @@ class Source:
                         f"{where / file(block.name)}: {block.name} is {spec.shape}, the config "
                         f"wants {block.shape}. Is this config.json these weights'?"
                     )
-                if spec.dtype not in _WEIGHT_DTYPES:
+                if spec.dtype not in WEIGHT_DTYPES:
                     raise CheckpointError(
                         f"{where / file(block.name)}: {block.name} is {spec.dtype}; weights are "
-                        f"one of {', '.join(_WEIGHT_DTYPES)}. Use an unquantised checkpoint."
+                        f"one of {', '.join(WEIGHT_DTYPES)}. Use an unquantised checkpoint."
                     )
 
 

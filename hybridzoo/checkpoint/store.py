@@ -15,7 +15,7 @@ from hybridzoo.checkpoint.convert import CONVERTERS, MODEL_TYPE, family
 from hybridzoo.checkpoint.convert.base import Family, differences, published_config
 from hybridzoo.checkpoint.frame import PICKLE_FILE, Pickle
 from hybridzoo.checkpoint.io import INDEX_FILE, Layout, plan, write
-from hybridzoo.checkpoint.layout import Blocks, unfused, whole
+from hybridzoo.checkpoint.layout import WEIGHT_DTYPES, Blocks, unfused, whole
 from hybridzoo.checkpoint.recorded import SourceLayout, recorded_layout, twice
 from hybridzoo.checkpoint.shard import DTYPE_NAMES, DTYPES, Spec
 from hybridzoo.config import HybridConfig
@@ -63,10 +63,10 @@ class Store:
                 "Use one of them."
             )
         self.family = None if layout == NATIVE else family(layout)
-        if dtype is not None and not dtype.is_floating_point:
+        if dtype is not None and DTYPE_NAMES.get(dtype) not in WEIGHT_DTYPES:
             raise CheckpointError(
-                f"dtype: not a weight's ({dtype}); weights are floating point. Use torch.bfloat16 "
-                "or torch.float32."
+                f"dtype: not a weight's ({dtype}); weights are one of {', '.join(WEIGHT_DTYPES)}. "
+                "Use torch.bfloat16 or torch.float32."
             )
 
     def run(self, source: Parameters, texts: dict[str, bytes], *, writes: bool) -> None:

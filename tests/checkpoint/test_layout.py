@@ -201,6 +201,15 @@ def test_integer_weights_are_refused(tmp_path):
         load(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_dtype_of_no_weight_is_not_saved(tmp_path, dtype):
+    with pytest.raises(
+        CheckpointError, match=r"dtype: not a weight's \(torch.*F64, F32, F16, BF16"
+    ):
+        save(model(), tmp_path / "out", dtype=dtype)
+    assert not (tmp_path / "out").exists()
+
+
 def test_wider_weights_among_narrow_ones_are_announced(tmp_path):
     save(model(dtype=torch.bfloat16), tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
