@@ -80,8 +80,8 @@ class Block(nn.Module):
     def normed(self, h: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
         """(norm(h + multiplier * delta), h + multiplier * delta)."""
         if delta is None:
-            y, _ = self.norm(h)
-            return y.to(self.norm.weight.dtype), h
+            # nothing to add yet, but the dtypes and roundings of every other block
+            delta = self.norm.weight.new_zeros(()).expand(h.shape)
         return self.norm(_scaled(delta, self.residual_multiplier), residual=h)
 
     def init_state(self, batch: int, max_len: int) -> list[State]:

@@ -23,6 +23,7 @@ T = TypeVar("T")
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxstring, _SHORT.maxother = 2, 4, 80, 80
 NO_LIMITS: Mapping[str, Any] = types.MappingProxyType({})
+_FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
 def read_options(cls: type[T], where: str, options: Any, *, of: str) -> T:
@@ -130,6 +131,8 @@ def checked(where: str, value: Any, hint: Any, limits: Mapping[str, Any] = NO_LI
         limits: the field's metadata: "min" and "max". Whole numbers are counts and widths, from 1
             to 2**31 - 1 unless it says otherwise; numbers are finite unless "max" is infinity.
     """
+    if hint is float:
+        value = _number(value)
     origin, args = get_origin(hint), get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
@@ -159,6 +162,25 @@ def checked(where: str, value: Any, hint: Any, limits: Mapping[str, Any] = NO_LI
     raise ConfigError(
         f"{where}: wrong type ({shown(value)}); expected {_describe(hint)}. Change the value."
     )
+
+
+def strict(value: Any) -> Any:
+    """Plain values with the infinities, which JSON lacks, as {"__float__": "Infinity"}.
+
+    transformers 5 writes them so; `checked` reads them back.
+    """
+    if isinstance(value, dict):
+        return {k: strict(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(v) for v in value]
+    words = (w for w, n in _FLOATS.items() if isinstance(value, float) and n == value)
+    return next(({"__float__": word} for word in words), value)
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, dict) and value.keys() == {"__float__"}:
+        return _FLOATS.get(str(value["__float__"]), value)
+    return value
 
 
 def _within(where: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> Any:

@@ -216,6 +216,19 @@ def test_the_place_of_the_norms_cast_reaches_every_norm():
     assert not model.blocks[1].layer.dt_norm.weight_fp32
 
 
+@pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
+def test_first_block_rounds_like_the_others(norm):
+    """With nothing to add yet an fp32 stream is cast where it is everywhere else."""
+    model = make_model(make_config(residual_fp32=True, norm=norm), dtype=torch.bfloat16)
+    block, h = model.blocks[0], torch.randn(2, 5, model.config.d_model)
+    with torch.no_grad():
+        block.norm.weight.copy_(torch.linspace(0.3, 3, model.config.d_model))
+        first, h_after = block.normed(h, None)
+        later, _ = block.normed(h, torch.zeros(h.shape, dtype=torch.bfloat16))
+    assert first.dtype == torch.bfloat16 and torch.equal(first, later)
+    assert torch.equal(h_after, h)
+
+
 def test_residual_fp32_adds_in_fp32():
     streams = []
     for wide in (True, False):

@@ -9,7 +9,15 @@ import torch
 
 from hybridzoo.checkpoint.convert import MODEL_TYPE, family, family_of
 from hybridzoo.checkpoint.convert.base import Family, open_family
-from hybridzoo.checkpoint.layout import Gathered, Source, first_rows, gather, load_into, whole
+from hybridzoo.checkpoint.layout import (
+    Gathered,
+    Source,
+    check_dtype,
+    first_rows,
+    gather,
+    load_into,
+    whole,
+)
 from hybridzoo.checkpoint.pickled import PickleReader
 from hybridzoo.checkpoint.reader import Reader, read_json, resolve, undisturbed
 from hybridzoo.checkpoint.recorded import SourceLayout
@@ -68,6 +76,7 @@ def load(
             allocated.
         ConfigError: config.json of a native directory is wrong, or tp cannot cut the model.
     """
+    check_dtype(dtype)
     source = open_source(directory)
     wanted = dtype or source.main_dtype()
     if dtype is None:

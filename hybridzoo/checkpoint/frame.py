@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hybridzoo.checkpoint.archive import Entry, load_tensors, read_entries, wrong_sums
-from hybridzoo.checkpoint.shard import DTYPE_NAMES, DTYPES, Shard, Spec
+from hybridzoo.checkpoint.shard import DTYPE_NAMES, DTYPES, MAX_HEADER, Shard, Spec
 from hybridzoo.errors import CheckpointError
 from hybridzoo.options import shown
 
@@ -126,7 +126,9 @@ def frame_of(path: Path, tensors: Mapping[str, Tensor], specs: Mapping[str, Spec
             end = start + specs[name].n_bytes
         file.seek(end)
         parts += [deflate.compress(file.read()), deflate.flush()]
-    return replace(found, rest=base64.b64encode(b"".join(parts)).decode())
+    rest = base64.b64encode(b"".join(parts)).decode()
+    # it goes into config.json, which has to be read again
+    return replace(found, rest=rest) if len(rest) <= MAX_HEADER // 2 else None
 
 
 def _places(path: Path, tensors: Mapping[str, Tensor]) -> Frame | None:

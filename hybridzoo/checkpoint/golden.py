@@ -20,14 +20,13 @@ import torch
 from torch import Tensor
 
 from hybridzoo.checkpoint import load
-from hybridzoo.checkpoint.io import locked, sync
+from hybridzoo.checkpoint.io import GOLDEN, SUMS, locked, sync
 from hybridzoo.checkpoint.shard import Shard, Spec, open_shard, render_header
 from hybridzoo.errors import CheckpointError
 from hybridzoo.kernels.dispatch import find_op, list_ops, use
 from hybridzoo.model import HybridLM
 from hybridzoo.options import shown
 
-GOLDEN, SUMS = "golden.safetensors", "SHA256SUMS"
 REFERENCE = "reference"
 # other BLAS, other devices and other backends add in other orders: each errs about as much as the
 # reference in fp32 does, and 20 times that is still far below what one wrong op changes.

@@ -29,6 +29,8 @@ from hybridzoo.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+# answers and checksums of the weights beside them: worth nothing once others stand there.
+GOLDEN, SUMS = "golden.safetensors", "SHA256SUMS"
 _STAGING, COMMITTED = ".saving", ".saved"
 _PLAIN_NAME = re.compile(r"\w[\w.-]*")
 _WEIGHT_FILE = re.compile(
@@ -94,7 +96,8 @@ def write(
     """Write tensors, index and other files, all or nothing (how: see the module).
 
     Args:
-        directory: made if missing; files that are not a checkpoint's weights are left alone.
+        directory: made if missing; files that are not a checkpoint's weights, or the answers and
+            checksums of those replaced, are left alone.
         layout: which tensors go where; their dtypes are what is written.
         fetch: the tensor of a name, called once each in the layout's order; one at a time is alive
             here.
@@ -168,7 +171,8 @@ def _finish(directory: Path) -> None:
             entry == INDEX_FILE
         ) else set()  # fmt: skip
         for path in directory.iterdir():
-            if _WEIGHT_FILE.fullmatch(path.name) and path.name not in fresh | {entry}:
+            is_weights = _WEIGHT_FILE.fullmatch(path.name) and path.name not in fresh | {entry}
+            if is_weights or path.name in {GOLDEN, SUMS} - names:
                 path.unlink()
         for name in sorted(names - {entry}):
             os.replace(committed / name, directory / name)

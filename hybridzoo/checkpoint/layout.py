@@ -71,6 +71,15 @@ def whole(config: HybridConfig) -> dict[str, list[Block]]:
     }
 
 
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Refuse a dtype that weights cannot have; None is none asked for."""
+    if dtype is not None and DTYPE_NAMES.get(dtype) not in WEIGHT_DTYPES:
+        raise CheckpointError(
+            f"dtype: not a weight's ({dtype}); weights are one of {', '.join(WEIGHT_DTYPES)}. "
+            "Use torch.bfloat16 or torch.float32."
+        )
+
+
 class Source:
     """A checkpoint on disk, seen as canonical parameters.
 

@@ -101,7 +101,7 @@ class Reader:
         places = [p for p in (self.directory / COMMITTED, self.directory) if p.is_dir()]
         for place in places:
             found = [n for n in (INDEX_FILE, SINGLE_FILE) if (place / n).exists()]
-            if len(found) > 1:
+            if len(found) > 1 and not _is_of_one_file(place / INDEX_FILE):
                 raise CheckpointError(
                     f"{place}: holds both {INDEX_FILE} and {SINGLE_FILE}; a checkpoint has one of "
                     "them. Remove the stale one."
@@ -171,6 +171,11 @@ class Reader:
                     f"{weight_map.get(name, 'no file')} but is in {seen.get(name, 'none')}; index "
                     "and shards must agree. Download them again."
                 )
+
+
+def _is_of_one_file(path: Path) -> bool:
+    weight_map = read_json(path).get("weight_map")
+    return isinstance(weight_map, dict) and {*map(str, weight_map.values())} == {SINGLE_FILE}
 
 
 def undisturbed(directory: Path, read: Callable[[], T]) -> T:

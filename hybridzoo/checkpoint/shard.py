@@ -31,7 +31,9 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_HEADER = 100_000_000
+# of a header, an index or a config.json: 40,000 tensors need a third of it, and what is larger
+# would take Python long to read.
+MAX_HEADER = 2**24
 
 _UNPICKLE = "Name it pytorch_model.bin, then rewrite it with `hybridzoo convert --from-pickle`."
 # what a file that is not safetensors begins with -> what it is and the way out.

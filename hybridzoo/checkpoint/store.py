@@ -15,13 +15,13 @@ from hybridzoo.checkpoint.convert import CONVERTERS, MODEL_TYPE, family
 from hybridzoo.checkpoint.convert.base import Family, differences, published_config
 from hybridzoo.checkpoint.frame import PICKLE_FILE, Pickle
 from hybridzoo.checkpoint.io import INDEX_FILE, Layout, plan, write
-from hybridzoo.checkpoint.layout import WEIGHT_DTYPES, Blocks, unfused, whole
+from hybridzoo.checkpoint.layout import Blocks, check_dtype, unfused, whole
 from hybridzoo.checkpoint.recorded import SourceLayout, recorded_layout, twice
 from hybridzoo.checkpoint.shard import DTYPE_NAMES, DTYPES, Spec
 from hybridzoo.config import HybridConfig
 from hybridzoo.errors import CheckpointError
 from hybridzoo.layers import Param
-from hybridzoo.options import suggest
+from hybridzoo.options import strict, suggest
 
 NATIVE = "native"
 
@@ -63,11 +63,7 @@ class Store:
                 "Use one of them."
             )
         self.family = None if layout == NATIVE else family(layout)
-        if dtype is not None and DTYPE_NAMES.get(dtype) not in WEIGHT_DTYPES:
-            raise CheckpointError(
-                f"dtype: not a weight's ({dtype}); weights are one of {', '.join(WEIGHT_DTYPES)}. "
-                "Use torch.bfloat16 or torch.float32."
-            )
+        check_dtype(dtype)
 
     def run(self, source: Parameters, texts: dict[str, bytes], *, writes: bool) -> None:
         """Write everything, or only take part in the gathering of what another rank writes."""
@@ -106,7 +102,7 @@ class Store:
             "dtype": self._main_dtype(source),
             **source.config.to_dict(),
         }
-        return (json.dumps(content, indent=2) + "\n").encode()
+        return (json.dumps(strict(content), indent=2, allow_nan=False) + "\n").encode()
 
     def _main_dtype(self, source: Parameters) -> str:
         name = self._dtype(source, "embed.weight")

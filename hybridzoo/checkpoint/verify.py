@@ -13,9 +13,7 @@ import torch
 
 from hybridzoo.checkpoint import load, open_source
 from hybridzoo.checkpoint.golden import (
-    GOLDEN,
     REFERENCE,
-    SUMS,
     Golden,
     digest,
     plain_files,
@@ -23,7 +21,7 @@ from hybridzoo.checkpoint.golden import (
     read_sums,
     references,
 )
-from hybridzoo.checkpoint.io import INDEX_FILE
+from hybridzoo.checkpoint.io import GOLDEN, INDEX_FILE, SUMS
 from hybridzoo.checkpoint.layout import Source
 from hybridzoo.checkpoint.reader import Reader, read_json, resolve
 from hybridzoo.checkpoint.shard import DTYPES, Spec

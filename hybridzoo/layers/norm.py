@@ -112,6 +112,5 @@ class GatedRMSNorm(nn.Module):
         mine = self.tp.rank * n_groups // self.tp.world
         squares = nn.functional.pad(u.square().sum(-1, keepdim=True), (mine, n_groups - 1 - mine))
         mean = self.tp.sum_both(squares)[..., mine : mine + 1] / self.group_size
-        # cast where the op casts, so that tp changes no rounding
-        normed = (u * torch.rsqrt(mean + self.eps)).to(y.dtype) * self.weight
+        normed = u * torch.rsqrt(mean + self.eps) * self.weight.to(wide)
         return (normed * gate if self.norm_before_gate else normed).to(y.dtype)

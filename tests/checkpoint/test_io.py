@@ -283,6 +283,24 @@ def test_bad_index_is_refused(tmp_path, case):
     assert str(tmp_path) in str(refused.value) and "\n" not in str(refused.value)
 
 
+def test_index_of_the_single_file_is_an_index(tmp_path):
+    """As some tools write it beside a model that fits one file."""
+    store(tmp_path, 3)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors(3), SINGLE_FILE)}
+    (tmp_path / INDEX_FILE).write_text(json.dumps(index))
+    assert_holds(tmp_path, 3)
+    store(tmp_path, 4)
+    assert not (tmp_path / INDEX_FILE).exists()
+    assert_holds(tmp_path, 4)
+
+
+def test_answers_and_checksums_go_with_the_weights_they_are_of(tmp_path):
+    for name in ("golden.safetensors", "SHA256SUMS", "notes.txt"):
+        (tmp_path / name).write_text("of older weights")
+    store(tmp_path, 3)
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", SINGLE_FILE, "notes.txt"}
+
+
 def test_json_of_absurd_size_is_not_read(tmp_path):
     path = tmp_path / "config.json"
     path.write_text("{}")

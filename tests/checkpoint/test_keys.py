@@ -12,10 +12,10 @@ from hybridzoo.checkpoint.convert.keys import (
     activation,
     first_eos,
     write_activation,
-    write_number,
 )
 from hybridzoo.errors import CheckpointError, ConfigError
 from hybridzoo.layers.mlp import ACTIVATIONS
+from hybridzoo.options import strict
 
 KEYS = Keys(
     family="mamba",
@@ -55,8 +55,8 @@ def test_infinity_is_read_bare_and_in_words(text):
 
 
 def test_infinity_is_written_in_words_that_every_json_reader_takes():
-    assert json.dumps(write_number(math.inf), allow_nan=False) == '{"__float__": "Infinity"}'
-    assert write_number(0.5) == 0.5
+    assert json.dumps(strict(math.inf), allow_nan=False) == '{"__float__": "Infinity"}'
+    assert strict({"a": (0.5, [-math.inf])}) == {"a": [0.5, [{"__float__": "-Infinity"}]]}
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,25 @@ from tests.families.base import edit_config
 IDS = torch.arange(24).view(2, 12) % 29
 
 
+def test_native_config_is_strict_json(tmp_path):
+    limited = {"kind": "mamba2", "d_state": 4, "head_dim": 4, "dt_limit": [0.1, float("inf")]}
+    options = {"d_model": 16, "vocab_size": 29, "pattern": "M", "layers": {"M": limited}}
+    config = HybridConfig.from_dict(options)
+    save(HybridLM(config), tmp_path)
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    json.loads((tmp_path / "config.json").read_text(), parse_constant=refuse)
+    assert read_config(tmp_path) == config
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int8, torch.float8_e4m3fn])
+def test_dtype_no_weight_has_is_refused(tmp_path, dtype):
+    with pytest.raises(CheckpointError, match=r"dtype: not a weight's"):
+        load(tmp_path, dtype=dtype)
+
+
 def config():
     """Every kind, a parallel place, shared weights, one place that differs, heads to share."""
     return HybridConfig.from_dict(

@@ -54,6 +54,14 @@ def test_reference_is_exact_in_float64(norm_before_gate):
     assert_same(run_fwd_bwd(gated_rms_norm, call), run_fwd_bwd(naive, call))
 
 
+@pytest.mark.parametrize("norm_before_gate", [False, True], ids=["gate-norm", "norm-gate"])
+def test_bf16_is_rounded_once(norm_before_gate):
+    """As Mamba-2's own kernel does: neither before the weight nor before the gate."""
+    call = norm_inputs(torch.bfloat16, group_size=9, norm_before_gate=norm_before_gate).arguments
+    wide = {k: v.float() if isinstance(v, torch.Tensor) else v for k, v in call.items()}
+    assert torch.equal(gated_rms_norm(**call), gated_rms_norm(**wide).bfloat16())
+
+
 def test_groups_must_divide_the_channels():
     with pytest.raises(BackendError, match=r"group_size \(5\) does not divide 36 channels"):
         gated_rms_norm(**norm_inputs(torch.float32, group_size=5).arguments)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Container, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -74,7 +74,6 @@ class Family:
             published layer's sublayers; of several the newest first.
         kinds: kind -> parameter -> its template after that prefix.
         top: embed.weight, norm.weight, head.weight -> template.
-        ignored: regular expression of tensors that carry no weights.
         unsaid: fields of ours that no key says and that are not the function.
         original: the files of the package that trained them, which takes one pytorch_model.bin, a
             tied head under both names, no key that it does not know, and pads vocab_size itself.
@@ -87,7 +86,6 @@ class Family:
     norms: tuple[str | tuple[str, ...], ...]
     kinds: Mapping[str, Names]
     top: Names
-    ignored: str = field(default=r"(?!)")
     unsaid: Container[str] = ()
     original: bool = False
 
@@ -215,9 +213,8 @@ def open_family(family: Family, config: HybridConfig, reader: Reader | PickleRea
     """A published directory as parameters; the config remembers its files for an exact export."""
     specs = reader.specs
     blocks = family.blocks(config, specs)
-    ignored = {name for name in specs if re.fullmatch(family.ignored, name)}
     config = config.with_options(source_layout=record(family.model_type, reader))
-    source = Source(config, reader, blocks, ignored)
+    source = Source(config, reader, blocks)
     for copy in blocks["embed.weight"][1:]:
         first = blocks["embed.weight"][0].name
         # as bytes: rows of no token may hold anything, NaN as well

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,13 +27,13 @@ _IDLE = (
     "model_type|architectures|auto_map|(torch_)?dtype|transformers_version|_name_or_path|"
     "_attn_implementation.*|initializer_range|use_cache|return_dict|(pad|bos)_token_id|"
     "output_(attentions|hidden_states)|tokenizer_class|chunk_size_feed_forward|problem_type|"
-    "id2label|label2id|is_encoder_decoder"
+    "id2label|label2id|is_(encoder_)?decoder|sep_token_id|torchscript|pruned_heads|_commit_hash|"
+    "attn_implementation|use_return_dict|model_max_length|unsloth_\\w+|do_sample|temperature|"
+    "top_[kp]|max_(new_tokens|length)"
 )
 # beyond these a number is a typing error, refused before anything is listed.
 _LIMITS = {"num_hidden_layers": {"min": 1, "max": 10_000}}
 _COUNT = {"min": 0}
-# numbers that JSON cannot write, in the words of transformers 5; 4 wrote them bare.
-_FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Keys:
     idle: str = r"(?!)"
 
     def read(self, published: Mapping[str, Any]) -> dict[str, Any]:
-        """Every key of the table, of its type; numbers that JSON lacks as floats.
+        """Every key of the table, of its type.
 
         Raises:
             CheckpointError: a key that is not known at all, a value that hybridzoo does not have,
@@ -81,7 +80,7 @@ class Keys:
                 )
         limits = {**_LIMITS, **self.limits}
         return {
-            key: checked(key, _number(published.get(key, default)), hint, limits.get(key, _COUNT))
+            key: checked(key, published.get(key, default), hint, limits.get(key, _COUNT))
             for key, (hint, default) in self.table.items()
         }
 
@@ -118,18 +117,3 @@ def first_eos(options: Mapping[str, Any]) -> Any:
     """Of several ends the first is the text's; the others are a chat template's."""
     eos = options["eos_token_id"]
     return next(iter(eos), None) if isinstance(eos, list) else eos
-
-
-def write_number(value: float) -> Any:
-    """A number as transformers 5 writes it, infinities in words."""
-    return next(({"__float__": w} for w, number in _FLOATS.items() if number == value), value)
-
-
-def _number(value: Any) -> Any:
-    return [_float(v) for v in value] if isinstance(value, list) else _float(value)
-
-
-def _float(value: Any) -> Any:
-    if isinstance(value, dict) and value.keys() == {"__float__"}:
-        return _FLOATS.get(str(value["__float__"]), value)
-    return value

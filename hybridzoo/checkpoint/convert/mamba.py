@@ -35,7 +35,7 @@ TABLE: dict[str, tuple[Any, Any]] = {
 # initialisation, speed, and what the original config.json left behind beside its translation.
 IDLE = (
     "time_step_(scale|init_scheme)|rescale_prenorm_residual|use_(mambapy|associative_scan)|"
-    "d_model|d_inner|n_layer|ssm_cfg|fused_add_norm|pad_vocab_size_multiple"
+    "d_model|d_inner|n_layer|ssm_cfg|fused_add_norm|pad_vocab_size_multiple|layer_types"
 )
 KEYS = Keys(family="mamba", table=TABLE, only={"rms_norm": True}, idle=IDLE)
 # ours -> the key that says it, of the mixer and of the model; the classes of Mamba-2 share them.

@@ -7,9 +7,10 @@ from typing import Any
 
 from hybridzoo.checkpoint.convert import mamba, names
 from hybridzoo.checkpoint.convert.base import Family, only_layer
-from hybridzoo.checkpoint.convert.keys import Keys, write_number
+from hybridzoo.checkpoint.convert.keys import Keys
 from hybridzoo.config import HybridConfig
 from hybridzoo.errors import CheckpointError
+from hybridzoo.options import strict
 
 _OF_MAMBA1 = ("intermediate_size", "time_step_rank")
 KEYS = Keys(
@@ -65,7 +66,7 @@ def _write(config: HybridConfig) -> dict[str, Any]:
     keys = mamba.write_stack(config, "mamba2", "Mamba2ForCausalLM", layer)
     keys |= {key: getattr(layer, ours) for ours, key in _MIXER.items()}
     keys |= {"num_heads": n_heads, "expand": d_inner // config.d_model}
-    keys["time_step_limit"] = [write_number(bound) for bound in layer.dt_limit]
+    keys["time_step_limit"] = strict(layer.dt_limit)
     return dict(sorted(keys.items()))
 
 

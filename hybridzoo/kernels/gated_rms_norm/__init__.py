@@ -25,7 +25,7 @@ def gated_rms_norm(
     Args:
         x: (..., i), fp32 / bf16 / fp16 / float64.
         z: gate, like x.
-        weight: (i,), multiplied after the cast to x.dtype.
+        weight: (i,), multiplied before the cast to x.dtype, as in Mamba-2's kernel.
         eps: added to the mean square.
         group_size: channels that share one mean square; divides i; None is all of them.
         norm_before_gate: the second order.

@@ -28,5 +28,5 @@ def run(
     wide = x.to(dtype) if norm_before_gate else x.to(dtype) * gate
     groups = wide.unflatten(-1, (-1, group_size or x.shape[-1]))
     scale = torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)
-    y = (groups * scale).flatten(-2).to(x.dtype) * weight
+    y = (groups * scale).flatten(-2) * weight.to(dtype)
     return (y * gate if norm_before_gate else y).to(x.dtype)
