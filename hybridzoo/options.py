@@ -117,7 +117,10 @@ def shown(value: Any) -> str:
 
 def suggest(word: str, known: typing.Iterable[str]) -> str:
     """'did you mean ...? ' when a known word is near, else nothing."""
-    near = difflib.get_close_matches(word, list(known), 1, 0.6)
+    words = list(known)
+    # a word that differs in case alone is the nearest
+    same = [k for k in words if k.lower() == word.lower()]
+    near = same or difflib.get_close_matches(word, words, 1, 0.6)
     return f"did you mean {near[0]}? " if near else ""
 
 

@@ -454,7 +454,7 @@ def shapes_of_another_config():
     return ["generate", "dir"]
 
 
-@case(35, r"tokenizer: dir/words\.json does not exist; a tokenizer is 'bytes' or")
+@case(35, r"dir/words\.json: missing; the model reads text through this file\. Copy it there")
 def tokenizer_missing():
     return saved(tokenizer="words.json")
 
@@ -749,6 +749,71 @@ def pickle_that_unfolds_to_terabytes():
         for name, content in entries.items():
             archive.writestr(name, bytes(2**27) if name.endswith("data.pkl") else content)
     return ["convert", "dir", "out", "--from-pickle"]
+
+
+def bin_with(content):
+    Path("dir").mkdir()
+    Path("dir/config.json").write_text(json.dumps({"d_model": 16, "n_layer": 1}))
+    Path("dir/pytorch_model.bin").write_bytes(content)
+    return ["convert", "dir", "target", "--from-pickle"]
+
+
+@case(22, r"dir/pytorch_model\.bin: a git-lfs pointer; expected PyTorch's format\. Run `git lfs")
+def bin_is_an_lfs_pointer():
+    return bin_with(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n")
+
+
+@case(22, r"dir/config\.json: a git-lfs pointer; expected JSON\. Run `git lfs pull`")
+def config_is_an_lfs_pointer():
+    saved()
+    Path("dir/config.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    return ["info", "dir"]
+
+
+@case(19, r"dir/pytorch_model\.bin: a broken zip archive .* Download it again")
+def bin_is_truncated():
+    torch.save({"a": torch.ones(1000)}, "whole.bin")
+    return bin_with(Path("whole.bin").read_bytes()[:2000])
+
+
+@case(25, r"dir/pytorch_model\.bin: a pickle of protocol 4 or more, .* torch\.save's own protocol")
+def bin_of_another_protocol():
+    torch.save({"a": torch.ones(3)}, "other.bin", pickle_protocol=4)
+    return bin_with(Path("other.bin").read_bytes())
+
+
+@case(
+    26, r"dir: pytorch_model-00002-of-00002\.bin is missing; pytorch_model\.bin\.index\.json lists"
+)
+def bin_shard_is_absent():
+    arguments = bin_with(b"")
+    names = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+    Path("dir/pytorch_model.bin").rename(f"dir/{names[0]}")
+    index = {"weight_map": {"a": names[0], "b": names[1]}}
+    Path("dir/pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return arguments
+
+
+@case(
+    26, r"dir: model\.safetensors\.index\.json is missing beside model-00001-of-0000\d\.safetensors"
+)
+def index_is_absent():
+    arguments = saved()
+    Path(WEIGHTS).rename("dir/model-00001-of-00002.safetensors")
+    return arguments
+
+
+@case(33, r"small: its logits for this prompt are NaN; .*`hybridzoo verify`")
+def generates_from_nan():
+    arguments = saved()
+    edit_weights(lambda tensors: tensors["norm.weight"].fill_(math.nan))
+    return arguments
+
+
+@case(0, r"layout: unknown \('Jamba'\); did you mean jamba\?")
+def layout_in_capitals():
+    saved()
+    return ["convert", "dir", "target", "--layout", "Jamba"]
 
 
 @case(25, r"dir: no pickled weights; expected files ending in \.bin, \.pt, \.pth")

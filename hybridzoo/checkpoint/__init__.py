@@ -49,6 +49,7 @@ _SIDE_FILES = (
     "special_tokens_map.json",
     "tokenizer.model",
     "chat_template.jinja",
+    "LICENSE",
 )
 
 
@@ -131,6 +132,10 @@ def save(
             raise CheckpointError(
                 f"tokenizer: the model reads bytes, not {tokenizer}; a file beside it would not "
                 "be used. Leave it out, or set the config's tokenizer to the file's name."
+            )
+        if not Path(tokenizer).is_file():
+            raise CheckpointError(
+                f"{tokenizer}: no such file; a tokenizer is a tokenizers JSON. Check the path."
             )
         texts[model.config.tokenizer] = Path(tokenizer).read_bytes()
         specials = Path(tokenizer).with_name("tokenizer_config.json")

@@ -21,7 +21,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from hybridzoo.checkpoint.shard import DTYPE_NAMES, MAX_HEADER
+from hybridzoo.checkpoint.shard import DTYPE_NAMES, MAX_HEADER, refuse_disguise
 from hybridzoo.errors import CheckpointError
 from hybridzoo.options import shown
 
@@ -82,7 +82,10 @@ def read_entries(path: Path) -> list[Entry]:
         try:
             entries = sorted(_entries(data), key=lambda entry: entry.start)
         except (struct.error, OverflowError, ValueError) as error:
-            raise _refuse(path, f"a broken zip archive ({error})") from None
+            raise CheckpointError(
+                f"{path}: a broken zip archive ({error}); PyTorch's files are whole ones. Download "
+                "it again."
+            ) from None
     end = 0
     for entry in entries:
         if entry.start < end:
@@ -164,7 +167,10 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         CheckpointError: the file holds, calls or allocates anything else; it was not unpickled.
     """
     is_zip = is_archive(path)
-    _check_pickle(path, _pickle_of(path) if is_zip else _head(path), 1 if is_zip else 5)
+    refuse_disguise(path, _head(path, 64), "PyTorch's format")
+    _check_pickle(
+        path, _pickle_of(path) if is_zip else _head(path, _MAX_PICKLE), 1 if is_zip else 5
+    )
     try:
         # torch before 1.6 wrote no zip, which alone can be mapped
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
@@ -201,9 +207,9 @@ def _pickle_of(path: Path) -> bytes:
         return file.read(found[0].stop - found[0].start)
 
 
-def _head(path: Path) -> bytes:
+def _head(path: Path, n: int) -> bytes:
     with open(path, "rb") as file:
-        return file.read(_MAX_PICKLE)
+        return file.read(n)
 
 
 def _check_pickle(path: Path, raw: bytes, count: int) -> None:
@@ -216,8 +222,13 @@ def _check_pickle(path: Path, raw: bytes, count: int) -> None:
                     raise _refuse(path, f"a pickle of more than {_MAX_OPERATIONS} operations")
                 # torch's unpickler knows no third operation that names a thing to call
                 if operation.name in ("GLOBAL", "STACK_GLOBAL") and argument not in _GLOBALS:
-                    called = argument or "what it computes"
-                    raise _refuse(path, f"not a pickle of plain tensors (it calls {called})")
+                    if operation.name == "STACK_GLOBAL":
+                        what = "a pickle of protocol 4 or more, which torch.load does not trust"
+                        raise CheckpointError(
+                            f"{path}: {what}; torch.save writes protocol 2. Save it again with "
+                            "torch.save's own protocol."
+                        )
+                    raise _refuse(path, f"not a pickle of plain tensors (it calls {argument})")
     except (ValueError, struct.error, OverflowError) as error:
         said = str(error).splitlines() or [type(error).__name__]
         raise _refuse(path, f"not a pickle of plain tensors ({shown(said[0])})") from None

@@ -11,7 +11,7 @@ from torch import Tensor
 from hybridzoo.checkpoint.archive import is_archive, load_tensors, read_entries, wrong_sums
 from hybridzoo.checkpoint.frame import PICKLE_FILE, Pickle, frame_of
 from hybridzoo.checkpoint.io import COMMITTED, Layout, plan
-from hybridzoo.checkpoint.reader import resolve
+from hybridzoo.checkpoint.reader import read_json, resolve
 from hybridzoo.checkpoint.shard import DTYPE_NAMES, Spec
 from hybridzoo.checkpoint.transfer import Piece, narrow
 from hybridzoo.errors import CheckpointError
@@ -79,6 +79,15 @@ class PickleReader:
                 f"{self.directory}: no pickled weights; expected files ending in "
                 f"{', '.join(_SUFFIXES)}. Convert safetensors without --from-pickle."
             )
+        index = resolve(self.directory, f"{PICKLE_FILE}.index.json")
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            listed = map(str, weight_map.values()) if isinstance(weight_map, dict) else ()
+            if missing := sorted(set(listed) - paths.keys()):
+                raise CheckpointError(
+                    f"{self.directory}: {missing[0]} is missing; {index.name} lists it. Download "
+                    "it too."
+                )
         # beside a training run's weights lie states of its random numbers and of its scaler too.
         return [name for name in names if _WEIGHTS.fullmatch(name)] or names
 

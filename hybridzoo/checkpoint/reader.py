@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hybridzoo.checkpoint.frame import PICKLE_FILE
 from hybridzoo.checkpoint.io import COMMITTED, INDEX_FILE, SINGLE_FILE, Layout
-from hybridzoo.checkpoint.shard import MAX_HEADER, open_shard
+from hybridzoo.checkpoint.shard import MAX_HEADER, open_shard, refuse_disguise
 from hybridzoo.checkpoint.transfer import Piece, Step
 from hybridzoo.errors import CheckpointError
 from hybridzoo.options import shown, unique
@@ -123,6 +123,11 @@ class Reader:
                 f"{self.directory}: only pickled weights ({pickles[0]}); hybridzoo loads "
                 "safetensors, because a pickle can run code. Rewrite them once with `hybridzoo "
                 f"convert {self.directory} TARGET --from-pickle`."
+            )
+        if shards := [name for name in names if name.endswith(".safetensors")]:
+            raise CheckpointError(
+                f"{self.directory}: {INDEX_FILE} is missing beside {shards[0]}; it says which "
+                "tensor is in which file. Download it too."
             )
         raise CheckpointError(
             f"{self.directory}: no weights; expected {SINGLE_FILE} or {INDEX_FILE}. Check the "
@@ -255,9 +260,11 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path}: {path.stat().st_size} bytes; no such file exceeds {MAX_HEADER}. Download it "
             "again."
         )
+    raw = path.read_bytes()
+    refuse_disguise(path, raw[:64], "JSON")
     try:
         # as text: of bytes Python also takes what transformers and an export do not
-        content = json.loads(path.read_bytes().decode(), object_pairs_hook=unique)
+        content = json.loads(raw.decode(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: not JSON ({error}); expected an object. Download it again."

@@ -36,18 +36,14 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 2**24
 
 _UNPICKLE = "Name it pytorch_model.bin, then rewrite it with `hybridzoo convert --from-pickle`."
-# what a file that is not safetensors begins with -> what it is and the way out.
-_DISGUISES = {
-    b"version https://git-lfs": (
-        "a git-lfs pointer, not weights",
-        "Run `git lfs pull` in its repository.",
-    ),
-    b"<!doctype": ("a web page, not weights", "Download the file itself."),
-    b"<html": ("a web page, not weights", "Download the file itself."),
-    b"pk\x03\x04": (
-        "a zip file (a PyTorch pickle)",
-        _UNPICKLE,
-    ),
+# what stands in a file's place where a download went wrong: its start -> what it is, the way out.
+_DOWNLOADS = {
+    b"version https://git-lfs": ("a git-lfs pointer", "Run `git lfs pull` in its repository."),
+    b"<!doctype": ("a web page", "Download the file itself."),
+    b"<html": ("a web page", "Download the file itself."),
+}
+_PICKLES = {
+    b"pk\x03\x04": ("a zip file (a PyTorch pickle)", _UNPICKLE),
     b"\x80\x02": ("a pickle", _UNPICKLE),
     b"\x80\x04": ("a pickle", _UNPICKLE),
 }
@@ -131,9 +127,9 @@ def open_shard(path: Path) -> Shard:
     if size < 8:
         raise _refuse(path, f"{size} bytes", "a safetensors file has a header")
     magic = file.read_bytes(0, min(size, 32))
-    _refuse_disguise(path, magic)
     n = int.from_bytes(magic[:8], "little")
     if n > MAX_HEADER:
+        refuse_disguise(path, magic, "the safetensors format", _DOWNLOADS | _PICKLES)
         raise _refuse(path, f"a header of {n} bytes", f"no header exceeds {MAX_HEADER}")
     if 8 + n > size:
         raise _refuse(path, f"truncated ({size} bytes)", f"its header alone has {n}")
@@ -212,14 +208,13 @@ def _naturals(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
 
 
-def _refuse_disguise(path: Path, start: bytes) -> None:
-    # the first 8 bytes of a safetensors file are a length below MAX_HEADER: none of these texts can
-    # be one.
-    for magic, (what, way_out) in _DISGUISES.items():
-        if start.lstrip().lower().startswith(magic) and int.from_bytes(start[:8], "little") > (
-            MAX_HEADER
-        ):
-            raise CheckpointError(f"{path}: {what}; expected the safetensors format. {way_out}")
+def refuse_disguise(
+    path: Path, start: bytes, expected: str, disguises: dict[bytes, tuple[str, str]] = _DOWNLOADS
+) -> None:
+    """Refuse, by its first bytes, a file that is plainly something else than expected."""
+    for magic, (what, way_out) in disguises.items():
+        if start.lstrip().lower().startswith(magic):
+            raise CheckpointError(f"{path}: {what}; expected {expected}. {way_out}")
 
 
 def _refuse(path: Path, what: str, rule: str) -> CheckpointError:

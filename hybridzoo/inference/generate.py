@@ -69,7 +69,8 @@ def generate(
         fewer where all rows ended before.
 
     Raises:
-        ConfigError: an argument is out of its range; nothing has run then.
+        ConfigError: an argument is out of its range, and nothing has run; or the model computes
+            NaN for the prompt.
     """
     new = stream(
         model,
@@ -152,6 +153,12 @@ def _steps(
         chunk = slice(start, start + (prefill_chunk or l))
         hidden = _last_hidden(model, ids[:, chunk], cache, None if mask is None else mask[:, chunk])
     logits = model.logits(hidden)
+    # once, where the prompt has been waited for anyway
+    if logits.isnan().any():
+        raise ConfigError(
+            f"{model.config.name}: its logits for this prompt are NaN; a model's are numbers. Run "
+            "`hybridzoo verify` on its directory to find the weights at fault, or load it in fp32."
+        )
     # -1, at padding and at tokens to come, is no id: the penalty and the stops pass over it
     seen = ids.new_full((b, end), -1)
     seen[:, :l] = ids if mask is None else ids.masked_fill(~mask, -1)

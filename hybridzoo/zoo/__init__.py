@@ -198,7 +198,13 @@ def load_tokenizer_of(source: str | Path, config: HybridConfig) -> Tokenizer:
 
     from hybridzoo.checkpoint.reader import resolve
 
-    return load_tokenizer(resolve(find_directory(source), config.tokenizer))
+    path = resolve(find_directory(source), config.tokenizer)
+    if not path.is_file():
+        raise ConfigError(
+            f"{path}: missing; the model reads text through this file. Copy it there from where "
+            "the model was published."
+        )
+    return load_tokenizer(path)
 
 
 def _shipped(folder: str) -> Path:

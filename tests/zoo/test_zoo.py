@@ -179,7 +179,7 @@ def test_tokenizer_is_the_one_beside_the_weights(small_zoo):
     (small_zoo / "words.json").rename(small_zoo / "mine" / "words.json")
     named = config.with_options(tokenizer="words.json")
     assert load_tokenizer_of("mine", named).encode("b") == [1]
-    with pytest.raises(ConfigError, match=r"words\.json does not exist"):
+    with pytest.raises(ConfigError, match=r"words\.json: missing"):
         load_tokenizer_of("small", named)
 
 
