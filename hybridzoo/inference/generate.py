@@ -153,12 +153,7 @@ def _steps(
         chunk = slice(start, start + (prefill_chunk or l))
         hidden = _last_hidden(model, ids[:, chunk], cache, None if mask is None else mask[:, chunk])
     logits = model.logits(hidden)
-    # once, where the prompt has been waited for anyway
-    if logits.isnan().any():
-        raise ConfigError(
-            f"{model.config.name}: its logits for this prompt are NaN; a model's are numbers. Run "
-            "`hybridzoo verify` on its directory to find the weights at fault, or load it in fp32."
-        )
+    _check_numbers(model, logits)
     # -1, at padding and at tokens to come, is no id: the penalty and the stops pass over it
     seen = ids.new_full((b, end), -1)
     seen[:, :l] = ids if mask is None else ids.masked_fill(~mask, -1)
@@ -175,6 +170,15 @@ def _steps(
                 return
         if t + 1 < end:
             logits = step(seen[:, t : t + 1])
+
+
+def _check_numbers(model: HybridLM, logits: Tensor) -> None:
+    # once a call, after the prompt: a wait for the device at every step would cost more
+    if logits.isnan().any():
+        raise ConfigError(
+            f"{model.config.name}: its logits for this prompt are NaN; a model's are numbers. Run "
+            "`hybridzoo verify` on its directory to find the weights at fault, or load it in fp32."
+        )
 
 
 def _last_hidden(model: HybridLM, ids: Tensor, cache: Cache, mask: Tensor | None) -> Tensor:
