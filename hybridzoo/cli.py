@@ -6,32 +6,30 @@ import json
 import sys
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from hybridzoo import __version__
+from hybridzoo.arguments import (
+    AsJson,
+    Device,
+    Kernels,
+    UsageError,
+    encode,
+    parse_device,
+    parse_dtype,
+    sentence,
+    use_kernels,
+    write,
+)
 from hybridzoo.errors import CheckpointError, ConfigError, HybridzooError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    import torch
-
-    from hybridzoo.tokenizer import Tokenizer
 
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Hybrid language models (Mamba, attention, MoE) from one line of layer letters.",
 )
-
-# an unknown command or option, or a value that is no number; typer exports only this child of it
-_UsageError = typer.BadParameter.__mro__[1]
-
-AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto: a GPU if there is one.")]
-Kernels = Annotated[str, typer.Option(help="Backends by op: ssd=reference,attention=sdpa.")]
 
 
 def main() -> None:
@@ -40,10 +38,10 @@ def main() -> None:
     arguments = [a for a in sys.argv[1:] if a != "--debug"] or ["--help"]
     try:
         sys.exit(app(arguments, prog_name="hybridzoo", standalone_mode=False))
-    except (HybridzooError, OSError, _UsageError) as error:
+    except (HybridzooError, OSError, UsageError) as error:
         if is_debug:
             raise
-        typer.echo(f"hybridzoo: {_sentence(error)}", err=True)
+        typer.echo(f"hybridzoo: {sentence(error)}", err=True)
         sys.exit(2)
 
 
@@ -116,13 +114,13 @@ def generate(
     from hybridzoo.inference.generate import stream
     from hybridzoo.zoo import load, load_tokenizer_of
 
-    place = _device(device)
-    _use_kernels(kernels)
-    lm = load(model, dtype=_dtype(dtype, place), device=place)
+    place = parse_device(device)
+    use_kernels(kernels)
+    lm = load(model, dtype=parse_dtype(dtype, place), device=place)
     tokenizer = load_tokenizer_of(model, lm.config)
     steps = stream(
         lm,
-        _encode(prompt, tokenizer),
+        encode(prompt, tokenizer),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -136,7 +134,7 @@ def generate(
     first = next(steps)
     if not quiet:
         typer.echo(show.run_line(lm.config, lm.embed.weight), err=True)
-    _print(show.texts(prompt, chain([first], steps), tokenizer))
+    write(show.texts(prompt, chain([first], steps), tokenizer))
 
 
 @app.command()
@@ -175,8 +173,8 @@ def verify(
     from hybridzoo.checkpoint.verify import verify
     from hybridzoo.zoo import find_directory
 
-    directory, place = find_directory(model), _device(device)
-    _use_kernels(kernels)
+    directory, place = find_directory(model), parse_device(device)
+    use_kernels(kernels)
     with show.progress() as progress:
         findings = verify(directory, device=place, progress=progress)
     if as_json:
@@ -198,7 +196,7 @@ def train(
     from hybridzoo.train.loop import train
     from hybridzoo.train.recipe import Recipe
 
-    _use_kernels(kernels)
+    use_kernels(kernels)
     changes = {} if output is None else {"output": str(output)}
     train(Recipe.load(recipe, **changes), resume=resume)
 
@@ -213,7 +211,7 @@ def doctor(device: Device = "auto", as_json: AsJson = False) -> None:
     from hybridzoo import show
     from hybridzoo.kernels.dispatch import explain
 
-    place = _device(device)
+    place = parse_device(device)
     rows = explain(place)
     if as_json:
         typer.echo(json.dumps([r._asdict() for r in rows], indent=2))
@@ -223,66 +221,6 @@ def doctor(device: Device = "auto", as_json: AsJson = False) -> None:
     versions = f"python {platform.python_version()}, torch {torch.__version__}"
     console.print(f"{versions}, {place} ({name})", highlight=False)
     console.print(show.backends(rows))
-
-
-def _sentence(error: Exception) -> str:
-    if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        reason = error.strerror or str(error)
-        return f"{where}{reason}. Check the path, its rights and the room on the disk."
-    if isinstance(error, _UsageError):
-        path = error.ctx.command_path if error.ctx else "hybridzoo"
-        return f"{error.format_message().rstrip('.')}. Try `{path} --help`."
-    return str(error)
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, colon, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (colon and not (kind == "cuda" and index.isdigit())):
-        raise ConfigError(f"--device: unknown device ({name}); use auto, cpu, cuda or cuda:N.")
-    n_gpus = torch.cuda.device_count()
-    if kind == "cuda" and int(index or 0) >= n_gpus:
-        raise ConfigError(f"--device: no such GPU ({name}); torch sees {n_gpus}. Use auto or cpu.")
-    return torch.device(name)
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype | None:
-    import torch
-
-    known = {"fp32": torch.float32, "bf16": torch.bfloat16, "stored": None}
-    # a CPU computes bf16 slowly and the step-by-step recurrence deserves the bits
-    known["auto"] = torch.float32 if device.type == "cpu" else None
-    if name not in known:
-        raise ConfigError(f"--dtype: unknown dtype ({name}); use auto, fp32, bf16 or stored.")
-    return known[name]
-
-
-def _use_kernels(text: str) -> None:
-    from hybridzoo.kernels.dispatch import parse_backends, set_backends
-
-    set_backends(parse_backends(text))
-
-
-def _encode(prompt: str, tokenizer: Tokenizer) -> torch.Tensor:
-    import torch
-
-    ids = tokenizer.encode_prompt(prompt)
-    if not ids:
-        raise ConfigError(
-            "--prompt: empty (''); this model's tokenizer has no token that starts a text. Write a "
-            "word or two to continue."
-        )
-    return torch.tensor([ids])
-
-
-def _print(texts: Iterable[str]) -> None:
-    # bytes: whatever the locale, and argv's raw bytes as they came; echo flushes
-    for text in texts:
-        typer.echo(text.encode("utf-8", "surrogateescape"), nl=False)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ FLOORS = {
     **dict.fromkeys(["model", "describe"], 4),
     **dict.fromkeys(["inference", "parallel", "checkpoint"], 5),
     **dict.fromkeys(["zoo", "train", "eval", "plan", "serve", "show"], 6),
-    **dict.fromkeys(["compat", "hf", "cli"], 7),
+    **dict.fromkeys(["compat", "hf", "arguments", "cli"], 7),
 }
 # HybridLM's one-line methods, the only imports that may point up
 UPWARD = {"generate", "from_pretrained", "save_pretrained", "push_to_hub"}

@@ -1,0 +1,89 @@
+"""What the commands share: options, their words as values, errors as sentences."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hybridzoo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import torch
+
+    from hybridzoo.tokenizer import Tokenizer
+
+# an unknown command or option, or a value that is no number; typer exports only this child of it
+UsageError = typer.BadParameter.__mro__[1]
+
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto: a GPU if there is one.")]
+Kernels = Annotated[str, typer.Option(help="Backends by op: ssd=reference,attention=sdpa.")]
+
+
+def sentence(error: Exception) -> str:
+    """What a user reads of an error that the command line catches."""
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        reason = error.strerror or str(error)
+        return f"{where}{reason}. Check the path, its rights and the room on the disk."
+    if isinstance(error, UsageError):
+        path = error.ctx.command_path if error.ctx else "hybridzoo"
+        return f"{error.format_message().rstrip('.')}. Try `{path} --help`."
+    return str(error)
+
+
+def parse_device(name: str) -> torch.device:
+    """--device as a device of this machine; ConfigError if it is none."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, colon, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (colon and not (kind == "cuda" and index.isdigit())):
+        raise ConfigError(f"--device: unknown device ({name}); use auto, cpu, cuda or cuda:N.")
+    n_gpus = torch.cuda.device_count()
+    if kind == "cuda" and int(index or 0) >= n_gpus:
+        raise ConfigError(f"--device: no such GPU ({name}); torch sees {n_gpus}. Use auto or cpu.")
+    return torch.device(name)
+
+
+def parse_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """--dtype as a dtype, None for as stored; ConfigError for an unknown word."""
+    import torch
+
+    known = {"fp32": torch.float32, "bf16": torch.bfloat16, "stored": None}
+    # a CPU computes bf16 slowly and the step-by-step recurrence deserves the bits
+    known["auto"] = torch.float32 if device.type == "cpu" else None
+    if name not in known:
+        raise ConfigError(f"--dtype: unknown dtype ({name}); use auto, fp32, bf16 or stored.")
+    return known[name]
+
+
+def use_kernels(text: str) -> None:
+    """Ask for the backends that --kernels names."""
+    from hybridzoo.kernels.dispatch import parse_backends, set_backends
+
+    set_backends(parse_backends(text))
+
+
+def encode(prompt: str, tokenizer: Tokenizer) -> torch.Tensor:
+    """--prompt as ids (1, l); ConfigError where there would be none."""
+    import torch
+
+    ids = tokenizer.encode_prompt(prompt)
+    if not ids:
+        raise ConfigError(
+            "--prompt: empty (''); this model's tokenizer has no token that starts a text. Write a "
+            "word or two to continue."
+        )
+    return torch.tensor([ids])
+
+
+def write(texts: Iterable[str]) -> None:
+    """Text to stdout, piece by piece."""
+    # bytes: whatever the locale, and argv's raw bytes as they came; echo flushes
+    for text in texts:
+        typer.echo(text.encode("utf-8", "surrogateescape"), nl=False)
