@@ -185,7 +185,10 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[Spec, int, int]:
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = (fields.get(k) for k in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _refuse(path, f"{name} has dtype {shown(dtype)}", f"known are {', '.join(DTYPES)}")
+        raise CheckpointError(
+            f"{path}: {name} has dtype {shown(dtype)}; known are {', '.join(DTYPES)}. Use an "
+            "unquantised checkpoint."
+        )
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise _refuse(
             path,

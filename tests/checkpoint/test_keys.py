@@ -70,7 +70,11 @@ def test_infinity_is_written_in_words_that_every_json_reader_takes():
         ({"limit": [0.0, {"__float__": "NaN"}]}, ConfigError, "limit: not a finite number"),
         ({"window": 8}, CheckpointError, r"window is set \(8\).* with null only"),
         ({"rms_norm": False}, CheckpointError, r"rms_norm is set \(False\).* with true only"),
-        ({"quantization_config": {"bits": 4}}, CheckpointError, "with null only"),
+        (
+            {"quantization_config": {"bits": 4}},
+            CheckpointError,
+            r"^quantization_config is set \(\{'bits': 4\}\); .*\. Use an unquantised checkpoint\.$",
+        ),
         (
             {"architectures": ["FalconMambaForCausalLM"]},
             CheckpointError,
@@ -82,6 +86,10 @@ def test_what_cannot_be_read_is_refused_in_one_sentence(published, error, said):
     with pytest.raises(error, match=said) as refused:
         KEYS.read(published)
     assert "\n" not in str(refused.value)
+
+
+def test_quantization_of_null_is_none():
+    assert KEYS.read({"quantization_config": None}) == KEYS.read({})
 
 
 @pytest.mark.parametrize(

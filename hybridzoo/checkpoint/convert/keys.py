@@ -29,10 +29,13 @@ _IDLE = (
     "output_(attentions|hidden_states)|tokenizer_class|chunk_size_feed_forward|problem_type|"
     "id2label|label2id|is_(encoder_)?decoder|sep_token_id|torchscript|pruned_heads|_commit_hash|"
     "attn_implementation|use_return_dict|model_max_length|unsloth_\\w+|do_sample|temperature|"
-    "top_[kp]|max_(new_tokens|length)"
+    "top_[kp]|max_(new_tokens|length)|quantization_config"
 )
 # beyond these a number is a typing error, refused before anything is listed.
-_LIMITS = {"num_hidden_layers": {"min": 1, "max": 10_000}}
+_LIMITS = {
+    "num_hidden_layers": {"min": 1, "max": 10_000},
+    **{key: {"min": 1} for key in ("hidden_size", "d_model", "vocab_size")},
+}
 _COUNT = {"min": 0}
 
 
@@ -64,8 +67,13 @@ class Keys:
             ConfigError: a value of the wrong type or range.
         """
         self._check_class(published.get("architectures"))
-        only = {"quantization_config": None, **self.only}
-        idle, known = re.compile(f"{_IDLE}|{self.idle}"), [*self.table, *only]
+        if published.get("quantization_config") is not None:
+            raise CheckpointError(
+                f"quantization_config is set ({shown(published['quantization_config'])}); "
+                "hybridzoo reads weights as they were trained. Use an unquantised checkpoint."
+            )
+        idle = re.compile(f"{_IDLE}|{self.idle}")
+        only, known = self.only, [*self.table, *self.only]
         for key, value in published.items():
             if key not in known and not idle.fullmatch(key):
                 raise CheckpointError(
