@@ -228,8 +228,8 @@ def _existing(source: str | Path) -> Path:
         )
     names = [entry.name for entry in list_models()]
     raise ConfigError(
-        f"{source!r} is not a model of the zoo, nor a directory; {suggest(source, names)}the zoo "
-        f"has: {', '.join(names)}. Use one of them, or a path."
+        f"{source!r} is not a model of the zoo, nor a directory; {suggest(source, names)}"
+        f"`hybridzoo list` names all {len(names)}. Use one of them, or a path."
     )
 
 

@@ -140,7 +140,7 @@ MISTAKES = {
         "smal",
         r"^'smal' is not a model of the zoo, nor a directory; did you mean small",
     ),
-    "no name": ("", r"^'' is not a model of the zoo.*has: large, small\. Use one"),
+    "no name": ("", r"^'' is not a model of the zoo.*; `hybridzoo list` names all 2\. Use"),
     "path": ("runs/none", r"^runs/none: no such file or directory; .*nothing is downloaded here"),
     "path object": (Path("none"), r"^none: no such file or directory"),
     "config": (
