@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from hybridzoo.checkpoint.archive import Entry, load_tensors, read_entries, wrong_sums
-from hybridzoo.checkpoint.shard import DTYPE_NAMES, DTYPES, MAX_HEADER, Shard, Spec
+from hybridzoo.checkpoint.shard import DTYPE_NAMES, DTYPES, Shard, Spec
 from hybridzoo.errors import CheckpointError
 from hybridzoo.options import shown
 
 PICKLE_FILE = "pytorch_model.bin"
-# that of 100,000 tensors is smaller; as text in config.json it stays below what is read of one.
+# inflated: that of 100,000 tensors is smaller, while a few kilobytes may hold gigabytes.
 _MAX_FRAME = 2**26
 
 
@@ -126,9 +126,7 @@ def frame_of(path: Path, tensors: Mapping[str, Tensor], specs: Mapping[str, Spec
             end = start + specs[name].n_bytes
         file.seek(end)
         parts += [deflate.compress(file.read()), deflate.flush()]
-    rest = base64.b64encode(b"".join(parts)).decode()
-    # it goes into config.json, which has to be read again
-    return replace(found, rest=rest) if len(rest) <= MAX_HEADER // 2 else None
+    return replace(found, rest=base64.b64encode(b"".join(parts)).decode())
 
 
 def _places(path: Path, tensors: Mapping[str, Tensor]) -> Frame | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ from hybridzoo.checkpoint.io import INDEX_FILE, Layout
 from hybridzoo.checkpoint.layout import Block, Blocks
 from hybridzoo.checkpoint.pickled import PickleReader
 from hybridzoo.checkpoint.reader import Reader, resolve
-from hybridzoo.checkpoint.shard import DTYPES, Shard, Spec
+from hybridzoo.checkpoint.shard import DTYPES, MAX_HEADER, Shard, Spec
 from hybridzoo.config import HybridConfig
 from hybridzoo.errors import CheckpointError
-from hybridzoo.options import read_options
+from hybridzoo.options import read_options, strict
 
 # files whose text an export writes back.
 _TEXTS = ("config.json", "generation_config.json", INDEX_FILE)
+# what is written has to be read again: the other half of a config.json is the architecture's.
+_MAX_LAYOUT = MAX_HEADER // 2
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,8 @@ class SourceLayout:
         return {name for file in self.files for name in file.tensors}
 
 
-def record(family: str, reader: Reader | PickleReader) -> dict[str, Any]:
-    """A SourceLayout as plain values."""
+def record(family: str, reader: Reader | PickleReader) -> dict[str, Any] | None:
+    """A SourceLayout as plain values; None, and a warning, if config.json has no room for it."""
     texts = {}
     for name in _TEXTS:
         path = resolve(reader.directory, name)
@@ -117,7 +120,24 @@ def record(family: str, reader: Reader | PickleReader) -> dict[str, Any]:
         for file, shard in reader.layout.files.items()
     ]
     index = reader.layout.index
-    return {"family": family, "files": files, "index": index, "texts": texts}
+    layout = {"family": family, "files": files, "index": index, "texts": texts}
+    if _has_room(layout):
+        return layout
+    warnings.warn(
+        f"{reader.directory}: how its files look does not fit into config.json ({_MAX_LAYOUT} "
+        "bytes); an export will not be byte-identical.",
+        stacklevel=2,
+    )
+    return None
+
+
+def _has_room(layout: dict[str, Any]) -> bool:
+    try:
+        # as a native config.json spells it
+        return len(json.dumps(strict({"source_layout": layout}), indent=2)) <= _MAX_LAYOUT
+    except RecursionError:
+        # lists in lists: each line of theirs is longer than the last
+        return False
 
 
 def _has_odd_index(reader: Reader | PickleReader, path: Path) -> bool:

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hybridzoo.checkpoint import convert, load, save
+from hybridzoo.checkpoint import convert, load, recorded, save
 from hybridzoo.errors import CheckpointError, ConfigError, HybridzooError
 from tests.checkpoint.test_families import hashes
-from tests.families.base import edit_config, rename_tensors
+from tests.families.base import edit_config, is_pickled, rename_tensors
 
 
 def test_missing_and_unexpected_tensors_are_named(made, tmp_path):
@@ -159,3 +159,59 @@ def test_source_layout_is_not_trusted(made, change, said, tmp_path):
     with pytest.raises(HybridzooError, match=said):
         convert(tmp_path / "native", tmp_path / "export", layout="jamba")
     assert not (tmp_path / "evil").exists()
+
+
+NEST = "[" * 600 + "]" * 600
+FORGOTTEN = r"does not fit into config\.json .*; an export will not be byte-identical\.$"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("layout", "variant"), [("jamba", "sharded"), ("state_spaces", "mamba")])
+def test_source_layout_without_room_is_not_recorded(made, layout, variant, tmp_path, monkeypatch):
+    tiny, ours = made(layout, variant)
+    from_pickle = is_pickled(tiny.directory)
+
+    def converted(room):
+        monkeypatch.setattr(recorded, "_MAX_LAYOUT", room)
+        convert(tiny.directory, tmp_path / str(room), from_pickle=from_pickle)
+        return tmp_path / str(room)
+
+    whole = converted(2**23)
+    with pytest.warns(UserWarning, match=FORGOTTEN) as said:
+        bare = converted(0)
+    assert len(said) == 1
+    assert "source_layout" not in json.loads((bare / "config.json").read_text())
+    size = (whole / "config.json").stat().st_size - (bare / "config.json").stat().st_size
+    with pytest.warns(UserWarning, match=FORGOTTEN):
+        converted(size + 1)
+    # alone in an object it takes two bytes more: both braces and a newline for a comma
+    assert hashes(converted(size + 2)) == hashes(whole)
+    again = load(bare)
+    assert torch.equal(again(tiny.ids), ours(tiny.ids))
+    save(again, tmp_path / "export", layout=layout)
+    convert(tmp_path / "export", tmp_path / "back", from_pickle=from_pickle)
+    assert torch.equal(load(tmp_path / "back")(tiny.ids), ours(tiny.ids))
+
+
+def test_native_config_of_a_long_published_one_is_read_again(made, tmp_path):
+    """6 MB of two-byte letters, which a native config.json would spell in 18 MB."""
+    tiny, _ = made("jamba", "dense")
+    source = tiny.edited(tmp_path / "long")
+    config = json.loads((source / "config.json").read_text())
+    long = json.dumps(config | {"_name_or_path": "\u00e9" * 3_000_000}, ensure_ascii=False)
+    (source / "config.json").write_text(long, encoding="utf-8")
+    with pytest.warns(UserWarning, match=FORGOTTEN):
+        convert(source, tmp_path / "native")
+    assert load(tmp_path / "native").config.source_layout is None
+
+
+def test_lists_in_lists_of_an_index_are_not_recorded(made, tmp_path):
+    """Python reads as deep a nest as it cannot write with an indent."""
+    tiny, _ = made("jamba", "sharded")
+    source = shutil.copytree(tiny.directory, tmp_path / "deep")
+    path = source / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps(index).replace('"metadata": {', f'"metadata": {{"a": {NEST}, ', 1))
+    with pytest.warns(UserWarning, match=FORGOTTEN):
+        convert(source, tmp_path / "native")
+    assert load(tmp_path / "native").config.source_layout is None
