@@ -1,4 +1,4 @@
-"""Process groups and the autograd collectives of tensor parallelism.
+"""Process groups and the autograd collectives of tensor, sequence and expert parallelism.
 
 Every one is a no-op on one rank.
 """
@@ -63,19 +63,82 @@ class Axis:
             return tuple(params)
         return _SumGrads.apply(self, tuple(units), *params)
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum over ranks, without autograd."""
+    def gather_in(self, x: Tensor, dim: int) -> Tensor:
+        """Every rank's x along `dim`, in order of ranks; its gradient is summed and cut again.
+
+        Entry of a region in which each rank computes a share for all tokens.
+        """
+        return x if self.world == 1 else _GatherIn.apply(x, self, dim)
+
+    def scatter_out(self, y: Tensor, dim: int) -> Tensor:
+        """This rank's piece, along `dim`, of the sum over ranks; its gradient is gathered.
+
+        Exit of such a region; `world` divides the dimension.
+        """
+        return y if self.world == 1 else _ScatterOut.apply(y, self, dim)
+
+    def gather_out(self, y: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+        """Every rank's y along `dim`; its gradient, alike on every rank, is cut again.
+
+        Args:
+            y: this rank's piece.
+            dim: where the pieces differ.
+            sizes: each rank's length there.
+        """
+        return y if self.world == 1 else _GatherOut.apply(y, self, dim, tuple(sizes))
+
+    def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        """Rows of x go to the ranks they are for; its gradient goes back.
+
+        Args:
+            x: (sum of send, ...), the rows for rank 0 first.
+            send: rows for each rank.
+            receive: rows from each rank.
+
+        Returns:
+            (sum of receive, ...), those from rank 0 first.
+        """
+        return x if self.world == 1 else _AllToAll.apply(x, self, list(send), list(receive))
+
+    def all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:
+        """Sum (or "max") over ranks, without autograd."""
         # contiguous first: a collective on a strided tensor would sum a copy and lose it.
-        return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), "sum", self.group))
+        return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), op, self.group))
+
+    def all_gather(self, x: Tensor, dim: int = 0) -> Tensor:
+        """Every rank's x, of one shape, along `dim`; without autograd."""
+        return funcol.wait_tensor(_all_gather(x.contiguous(), dim, self.group))
+
+    def reduce_scatter(self, x: Tensor, dim: int = 0) -> Tensor:
+        """This rank's piece, along `dim`, of the sum over ranks; without autograd."""
+        return funcol.wait_tensor(_reduce_scatter(x.contiguous(), "sum", dim, self.group))
 
 
 @dataclass(frozen=True)
 class Parallel:
-    """The axes that a model is spread over: tensor, expert and pipeline parallelism."""
+    """This process's place on the axes that a model is spread over.
+
+    Attributes:
+        tp: tensor parallelism: ranks that hold slices of each layer.
+        ep: expert parallelism: data-parallel ranks that hold different experts.
+        pp: pipeline parallelism: ranks that hold different places of the stack.
+        dp: data parallelism: ranks that read different sequences; ep is part of it.
+        sequence_parallel: between two blocks each tp rank keeps its share of the tokens alone.
+    """
 
     tp: Axis = field(default_factory=Axis)
     ep: Axis = field(default_factory=Axis)
     pp: Axis = field(default_factory=Axis)
+    dp: Axis = field(default_factory=Axis)
+    sequence_parallel: bool = False
+
+    def enter(self, x: Tensor) -> Tensor:
+        """The residual stream's (b, l, d), or this rank's tokens of it, to what layers read."""
+        return self.tp.gather_in(x, 1) if self.sequence_parallel else self.tp.copy_in(x)
+
+    def leave(self, y: Tensor) -> Tensor:
+        """The ranks' shares of (b, l, d), summed; of the sum this rank's tokens, if so wished."""
+        return self.tp.scatter_out(y, 1) if self.sequence_parallel else self.tp.sum_out(y)
 
 
 SINGLE = Parallel()
@@ -100,6 +163,69 @@ class _SumOut(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         return grads[0], None
+
+
+class _GatherIn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
+        ctx.axis, ctx.dim = axis, dim
+        return axis.all_gather(x, dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return ctx.axis.reduce_scatter(grads[0], ctx.dim), None, None
+
+
+class _ScatterOut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, axis: Axis, dim: int) -> Tensor:
+        ctx.axis, ctx.dim = axis, dim
+        return axis.reduce_scatter(y, dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return ctx.axis.all_gather(grads[0], ctx.dim), None, None
+
+
+class _GatherOut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, axis: Axis, dim: int, sizes: tuple[int, ...]) -> Tensor:
+        ctx.axis, ctx.dim, ctx.sizes = axis, dim, sizes
+        # a collective's pieces have one shape: shorter ones are filled up, and cut off again
+        longest, dim = max(sizes), dim % y.ndim
+        if sizes[axis.rank] < longest:
+            shape = list(y.shape)
+            shape[dim] = longest - sizes[axis.rank]
+            y = torch.cat([y, y.new_zeros(shape)], dim)
+        pieces = axis.all_gather(y, dim).split(longest, dim)
+        return torch.cat([p.narrow(dim, 0, n) for p, n in zip(pieces, sizes, strict=True)], dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        start = sum(ctx.sizes[: ctx.axis.rank])
+        mine = grads[0].narrow(ctx.dim, start, ctx.sizes[ctx.axis.rank])
+        return mine, None, None, None
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, send: list[int], receive: list[int]) -> Tensor:
+        ctx.axis, ctx.send, ctx.receive = axis, send, receive
+        return _exchange(x, axis, send, receive)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _exchange(grads[0], ctx.axis, ctx.receive, ctx.send), None, None, None
+
+
+def _exchange(x: Tensor, axis: Axis, send: list[int], receive: list[int]) -> Tensor:
+    group = axis.group
+    return funcol.wait_tensor(funcol.all_to_all_single(x.contiguous(), receive, send, group))
+
+
+# torch 2.13 renamed the two, and warns of the old names
+_all_gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
+_reduce_scatter = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
 
 
 class _SumGrads(torch.autograd.Function):

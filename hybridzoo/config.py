@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import torch
 
+from hybridzoo.comm import Parallel
 from hybridzoo.errors import ConfigError
 from hybridzoo.layers import LayerConfig, Param
 from hybridzoo.layers.init import constant, normal
@@ -22,6 +23,7 @@ from hybridzoo.layers.legend import Shared, legend_entry, shared_layer
 from hybridzoo.layers.norm import NormKind
 from hybridzoo.options import check_fields, read_file, read_options, shown
 from hybridzoo.pattern import Pattern
+from hybridzoo.sharding import Part, Split, check_tp
 
 MAX_PARAMS = 10**13
 
@@ -145,7 +147,8 @@ class HybridConfig:
 
     def params(self) -> Iterator[tuple[str, Param]]:
         """Every canonical parameter of the model by its checkpoint name, each once."""
-        embed = Param((self.vocab_size, self.d_model), normal(0.02))
+        rows = Split(0, (self._vocab,))
+        embed = Param((self.vocab_size, self.d_model), normal(0.02), rows)
         norm = {"norm.weight": Param((self.d_model,), constant(1.0), decay=False)}
         if self.norm == "layer_norm":
             norm["norm.bias"] = Param((self.d_model,), constant(0.0), decay=False)
@@ -193,11 +196,24 @@ class HybridConfig:
         specs = (s for c in layers for s in c.state(self.d_model, batch, context).values())
         return sum(math.prod(s.shape) * s.dtype_in(dtype).itemsize for s in specs)
 
-    def check_tp(self, tp: int) -> None:
-        """Raise ConfigError, naming the legal tp, when some layer cannot be cut over `tp` ranks."""
+    def check_parallel(self, parallel: Parallel) -> None:
+        """Raise ConfigError, naming what is legal, when the ranks cannot share this model."""
+        tp, ep = parallel.tp.world, parallel.ep.world
+        check_tp("embed", [Split(0, (self._vocab,))], tp)
         for i, place in enumerate(self.places):
             for branch in place:
-                branch.config.check_tp(f"blocks.{i} ({branch.config.kind})", self.d_model, tp)
+                where = f"blocks.{i} ({branch.config.kind})"
+                branch.config.check_tp(where, self.d_model, tp)
+                branch.config.check_ep(where, self.d_model, ep)
+
+    def vocab_ranges(self, tp: int) -> list[range]:
+        """The ids whose rows of embedding and head each of `tp` ranks holds."""
+        spans = [self._vocab.range(tp, rank) for rank in range(tp)]
+        return [range(start, start + n) for start, n in spans]
+
+    @property
+    def _vocab(self) -> Part:
+        return Part(self.vocab_size, self.vocab_size, "vocab_size", uneven=True)
 
     def _branch(self, place: int, letter: str, is_parallel: bool) -> Branch:
         entry = self.layers[letter]

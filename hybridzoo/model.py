@@ -1,4 +1,4 @@
-"""The stack: Block = x + layer(norm(x)), HybridLM = embedding, blocks, norm, head."""
+"""The stack: embedding, blocks, norm, head; or one pipeline stage of it."""
 
 from __future__ import annotations
 
@@ -9,93 +9,29 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hybridzoo.block import Block, scaled
 from hybridzoo.comm import SINGLE, Parallel
-from hybridzoo.config import Branch, HybridConfig, branch_prefix
-from hybridzoo.errors import CheckpointError
+from hybridzoo.config import HybridConfig, branch_prefix
+from hybridzoo.errors import CheckpointError, ConfigError
+from hybridzoo.kernels.dispatch import autocast_dtype
 from hybridzoo.layers import Layer, Param, Sequence, State
+from hybridzoo.layers.embedding import VocabEmbedding
 from hybridzoo.layers.init import seeded
-from hybridzoo.layers.norm import LayerNorm, RMSNorm, stream_norm
+from hybridzoo.layers.norm import stream_norm
 from hybridzoo.layers.state import check_shapes
 
 
-class Block(nn.Module):
-    """One residual sublayer: h += multiplier * delta; the layer of norm(h) gives the next delta.
-
-    The add waits for the next block's norm so that the two fuse. Several layers (a parallel place)
-    read the same normed input and are summed; under tensor parallelism one collective enters and
-    one leaves, however many they are.
-    """
-
-    def __init__(
-        self,
-        config: HybridConfig,
-        place: tuple[Branch, ...],
-        shared: nn.ModuleDict,
-        norm: RMSNorm | LayerNorm,
-        **where: Any,
-    ) -> None:
-        super().__init__()
-        self.norm = norm
-        self.place, self.tp = place, where["parallel"].tp
-        self.residual_multiplier, self.dropout = config.residual_multiplier, config.dropout
-        own = {b.letter: b.config.build(config.d_model, **where) for b in place if b.shared is None}
-        if len(place) > 1:
-            self.branch = nn.ModuleDict(own)
-        elif own:
-            self.layer = own[place[0].letter]
-        # shared layers are registered once, by the model; a tuple keeps them out of this block's
-        # own parameters.
-        self._shared = (shared,)
-
-    def forward(
-        self, h: Tensor, delta: Tensor | None, state: list[State] | None, ctx: Sequence
-    ) -> tuple[Tensor, Tensor]:
-        """(h, delta) -> (h, delta).
-
-        The residual stream h is (b, l, d), delta what is still to be added to it.
-        """
-        x, h = self.normed(h, delta)
-        x = self.tp.copy_in(x)
-        outs = []
-        for i, (branch, layer) in enumerate(zip(self.place, self.layers(), strict=True)):
-            y = layer(_scaled(x, branch.config.input_multiplier), state[i] if state else None, ctx)
-            outs.append(_scaled(y, branch.config.output_multiplier))
-        delta = self.tp.sum_out(sum(outs[1:], outs[0]))
-        return h, F.dropout(delta, self.dropout, self.training)
-
-    def layers(self) -> list[Layer]:
-        """One layer a branch, looked up each time: a module put in a layer's place is used."""
-        (shared,) = self._shared
-
-        def find(branch: Branch) -> Layer:
-            if branch.shared:
-                return shared[branch.shared]
-            return self.branch[branch.letter] if len(self.place) > 1 else self.layer
-
-        return [find(branch) for branch in self.place]
-
-    def normed(self, h: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(norm(h + multiplier * delta), h + multiplier * delta)."""
-        if delta is None:
-            # nothing to add yet, but the dtypes and roundings of every other block
-            delta = self.norm.weight.new_zeros(()).expand(h.shape)
-        return self.norm(_scaled(delta, self.residual_multiplier), residual=h)
-
-    def init_state(self, batch: int, max_len: int) -> list[State]:
-        """One empty State a branch."""
-        return [layer.init_state(batch, max_len) for layer in self.layers()]
-
-
 class HybridLM(nn.Module):
-    """A language model built from a HybridConfig.
+    """A language model built from a HybridConfig, or this rank's part of one.
 
     Args:
         config: the architecture.
-        seed: of the initial weights, which do not depend on tp.
-        parallel: this process's place among tensor-parallel ranks.
+        seed: of the initial weights, which do not depend on how the model is spread.
+        parallel: this process's place among the ranks that share the model.
+        stage: places of the stack that this pipeline stage holds, the others being None in
+            `blocks`; the first stage has the embedding, the last norm and head. None: all.
         device: where the parameters live; "meta" builds without memory.
         dtype: of the parameters; A_log, D and dt_bias stay at least fp32 (model.to(dtype) casts
             them with the rest, as torch does).
@@ -108,39 +44,58 @@ class HybridLM(nn.Module):
         *,
         seed: int = 0,
         parallel: Parallel = SINGLE,
+        stage: range | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         init: bool = True,
     ) -> None:
         super().__init__()
-        config.check_tp(parallel.tp.world)
+        config.check_parallel(parallel)
         self.config, self.parallel = config, parallel
+        self.stage = range(len(config.places)) if stage is None else stage
+        self.is_first = self.stage.start == 0
+        self.is_last = self.stage.stop == len(config.places)
         where = {"device": device, "dtype": dtype, "parallel": parallel}
-        d = config.d_model
+        d, tp = config.d_model, parallel.tp
+        self.vocab_range = config.vocab_ranges(tp.world)[tp.rank]
 
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
-        # from_pretrained: no default draw, which init_weights or a loader would overwrite.
-        self.embed = nn.Embedding.from_pretrained(empty(config.vocab_size, d), freeze=False)
-        shared = nn.ModuleDict(
-            {name: layer.build(d, **where) for name, layer in config.shared.items()}
+        rules = (partial(empty, d), config.norm_eps, config.norm_weight_fp32, parallel)
+        self.embed = self._embedding(empty) if self._needs_embedding() else None
+        used = {b.shared for i in self.stage for b in config.places[i]}
+        self.shared = nn.ModuleDict(
+            {name: layer.build(d, **where) for name, layer in config.shared.items() if name in used}
         )
-        self.shared = shared
-        rules = (partial(empty, d), config.norm_eps, config.norm_weight_fp32)
         self.blocks = nn.ModuleList(
-            Block(config, place, shared, stream_norm(config.norm, *rules), **where)
-            for place in config.places
+            Block(config, place, self.shared, stream_norm(config.norm, *rules), **where)
+            if i in self.stage
+            else None
+            for i, place in enumerate(config.places)
         )
-        self.norm = stream_norm(config.norm, *rules)
-        # on meta first: a tied head needs no memory of its own
-        self.head = nn.Linear(d, config.vocab_size, bias=False, device="meta")
-        if config.tie_embeddings:
-            self._tie()
-        else:
-            self.head.weight = empty(config.vocab_size, d)
-        if init and self.embed.weight.device.type != "meta":
+        self.norm = self.head = None
+        if self.is_last:
+            self.norm = stream_norm(config.norm, *rules)
+            # on meta first: a tied head needs no memory of its own
+            self.head = nn.Linear(d, len(self.vocab_range), bias=False, device="meta")
+            self.head.weight = (
+                self.embed.weight if config.tie_embeddings else empty(len(self.vocab_range), d)
+            )
+        if init and next(self.parameters()).device.type != "meta":
             self.init_weights(seed)
+
+    def _needs_embedding(self) -> bool:
+        return self.is_first or (self.is_last and self.config.tie_embeddings)
+
+    def _embedding(self, empty: Callable[..., nn.Parameter]) -> nn.Embedding:
+        made = nn.Embedding if self.parallel.tp.world == 1 else VocabEmbedding
+        # from_pretrained: no default draw, which init_weights or a loader would overwrite.
+        weight = empty(len(self.vocab_range), self.config.d_model)
+        embedding = made.from_pretrained(weight, freeze=False)
+        if isinstance(embedding, VocabEmbedding):
+            embedding.start = self.vocab_range.start
+        return embedding
 
     def forward(
         self,
@@ -183,25 +138,68 @@ class HybridLM(nn.Module):
 
     def hidden(self, input_ids: Tensor, state: list[list[State]] | None, ctx: Sequence) -> Tensor:
         """The final norm's output, (b, l, d)."""
-        h = _scaled(self.embed(input_ids), self.config.embedding_multiplier)
+        h = self.embedded(input_ids)
+        return self.finish(*self.stream(h, state, replace(ctx, embed0=h)))
+
+    def embedded(self, input_ids: Tensor) -> Tensor:
+        """The residual stream's start, (b, l, d); with sequence_parallel this rank's tokens."""
+        tp, l = self.parallel.tp, input_ids.shape[1]
+        if self.parallel.sequence_parallel and l % tp.world:
+            raise ConfigError(
+                f"sequence_parallel: {l} tokens cannot be shared by tp={tp.world} ranks; it must "
+                "divide them. Change seq_len, or leave sequence_parallel out."
+            )
+        h = self.parallel.leave(self.embed(input_ids))
+        h = scaled(h, self.config.embedding_multiplier)
         if self.config.residual_fp32:
             h = h.to(torch.promote_types(h.dtype, torch.float32))
-        ctx, delta = replace(ctx, embed0=h), None
-        for i, block in enumerate(self.blocks):
-            h, delta = block(h, delta, state[i] if state else None, ctx)
-        return self.norm(_scaled(delta, self.config.residual_multiplier), residual=h)[0]
+        return h
+
+    def stream(
+        self, h: Tensor, state: list[list[State]] | None, ctx: Sequence
+    ) -> tuple[Tensor, Tensor]:
+        """(h, delta) after this model's blocks: the residual stream, and what is to be added."""
+        delta = None
+        if not self.is_first:
+            # what the stage before added is in h: zero, in the dtype that its delta had
+            dtype = autocast_dtype(h.device) or self.blocks[self.stage.start].norm.weight.dtype
+            delta = h.new_zeros((), dtype=dtype).expand(h.shape)
+        for i in self.stage:
+            h, delta = self.blocks[i](h, delta, state[i] if state else None, ctx)
+        return h, delta
+
+    def flushed(self, h: Tensor, delta: Tensor) -> Tensor:
+        """The residual stream with delta added: what one pipeline stage hands to the next."""
+        return h + scaled(delta, self.config.residual_multiplier).to(h.dtype)
+
+    def finish(self, h: Tensor, delta: Tensor) -> Tensor:
+        """The final norm's output for all tokens, (b, l, d), ready for each rank's head."""
+        hidden, _ = self.norm(scaled(delta, self.config.residual_multiplier), residual=h)
+        return self.parallel.enter(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(b, l, d) -> (b, l, vocab_size)."""
-        return _scaled(self.head(hidden), self.config.logits_multiplier)
+        """(b, l, d) -> (b, l, vocab_size), on every rank."""
+        tp = self.parallel.tp
+        sizes = [len(rows) for rows in self.config.vocab_ranges(tp.world)]
+        return tp.gather_out(self.local_logits(hidden), -1, sizes)
+
+    def local_logits(self, hidden: Tensor) -> Tensor:
+        """(b, l, d) -> (b, l, v), the logits of the ids in this rank's vocab_range."""
+        return scaled(self.head(hidden), self.config.logits_multiplier)
 
     def init_state(self, batch: int, max_len: int) -> list[list[State]]:
         """Empty states for `batch` sequences of at most `max_len` tokens, by block and branch."""
         return [block.init_state(batch, max_len) for block in self.blocks]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
     def named_layers(self) -> Iterator[tuple[str, Layer]]:
-        """Every layer with its checkpoint prefix, a shared one once."""
-        for i, block in enumerate(self.blocks):
+        """Every layer here with its checkpoint prefix, a shared one once."""
+        for i in self.stage:
+            block = self.blocks[i]
             for branch, layer in zip(block.place, block.layers(), strict=True):
                 if branch.shared is None:
                     yield branch_prefix(i, branch.letter, len(block.place) > 1), layer
@@ -209,10 +207,16 @@ class HybridLM(nn.Module):
             yield f"shared.{name}.", layer
 
     def local_names(self) -> Iterator[tuple[str, Param, dict[str, str]]]:
-        """Each canonical parameter: name, declaration, {name in its cut: name in this module}."""
+        """Each canonical parameter here: name, declaration, {name in its cut: name in the module}.
+
+        Of a pipeline, the parameters of this stage; several stages may hold one.
+        """
         layers = dict(self.named_layers())
+        mine = {name for name, _ in self.named_parameters()}
         for name, p in self.config.params():
             prefix = next((k for k in layers if name.startswith(k)), "")
+            if not prefix and name not in mine:
+                continue
             pieces = p.cut.pieces(name[len(prefix) :], self.parallel.tp.world)
             yield name, p, {piece: prefix + piece for piece in pieces}
 
@@ -248,10 +252,12 @@ class HybridLM(nn.Module):
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Draw every parameter from generators seeded by its name."""
-        layers = dict(self.named_layers())
-        for name, p in self.config.params():
+        layers, tp = dict(self.named_layers()), self.parallel.tp
+        for name, p, pieces in self.local_names():
             if not name.startswith(tuple(layers)):
-                self.get_parameter(name).copy_(p.init(p.shape, seeded(seed, name)))
+                full = p.init(p.shape, seeded(seed, name))
+                for piece, tensor in p.cut.shard(name, full, tp.world, tp.rank).items():
+                    self.get_parameter(pieces[piece]).copy_(tensor)
         for prefix, layer in layers.items():
             layer.init_weights(seed, prefix, len(self.blocks))
 
@@ -276,7 +282,3 @@ class HybridLM(nn.Module):
         from hybridzoo.checkpoint import save
 
         save(self, directory, **options)
-
-
-def _scaled(x: Tensor, multiplier: float) -> Tensor:
-    return x if multiplier == 1.0 else x * multiplier

@@ -30,16 +30,27 @@ class Part:
         name: the hyperparameter that counts the units, for error messages.
         replicates: whether ranks may share a unit (B/C groups and KV heads may, heads and channels
             may not).
+        uneven: whether ranks may hold different counts (a vocabulary's rows, of which then none
+            is made up).
     """
 
     width: int
     units: int
     name: str
     replicates: bool = False
+    uneven: bool = False
 
     def is_legal(self, world: int) -> bool:
         """Whether `world` ranks can cut this block into whole units."""
+        if self.uneven:
+            return self.units >= world
         return self.units % world == 0 or (self.replicates and world % self.units == 0)
+
+    @property
+    def rule(self) -> str:
+        """What tp must do, for error messages."""
+        verb = "divide or be a multiple of" if self.replicates else "divide"
+        return f"{'not exceed' if self.uneven else verb} {self.name} ({self.units})"
 
     def is_shared(self, world: int) -> bool:
         """Whether several of `world` ranks hold the same unit."""
@@ -48,7 +59,15 @@ class Part:
     def range(self, world: int, rank: int) -> tuple[int, int]:
         """Offset and length, within the block, of what `rank` holds."""
         unit = self.width // self.units
+        if self.uneven:
+            start = self._boundary(world, rank)
+            return start * unit, (self._boundary(world, rank + 1) - start) * unit
         return rank * self.units // world * unit, max(self.units // world, 1) * unit
+
+    def _boundary(self, world: int, rank: int) -> int:
+        # multiples of 16 where there are many: matrix units like rows in such counts
+        at = rank * self.units // world
+        return at // 16 * 16 if rank < world and self.units >= 64 * world else at
 
 
 @dataclass(frozen=True)
@@ -67,7 +86,7 @@ class Replicate:
         return {name: ()}
 
     def local_shapes(
-        self, name: str, shape: Sequence[int], world: int
+        self, name: str, shape: Sequence[int], world: int, rank: int
     ) -> dict[str, tuple[int, ...]]:
         """Shapes in memory by name: the full shape."""
         return {name: tuple(shape)}
@@ -109,11 +128,11 @@ class Split:
         return found
 
     def local_shapes(
-        self, name: str, shape: Sequence[int], world: int
+        self, name: str, shape: Sequence[int], world: int, rank: int
     ) -> dict[str, tuple[int, ...]]:
-        """Shapes in memory by name; the same on every rank."""
+        """Shapes in memory by name; the same on every rank but for uneven parts."""
         shapes = {}
-        for local, spans in self.ranges(name, world, 0).items():
+        for local, spans in self.ranges(name, world, rank).items():
             size = list(shape)
             size[self.dim] = sum(stop - start for start, stop in spans)
             shapes[local] = tuple(size)
@@ -133,9 +152,9 @@ class Split:
         """
         world = len(shards)
         columns: list[list[Tensor]] = [[] for _ in self.parts]
-        for shard in shards:
+        for rank, shard in enumerate(shards):
             for local, indices in self.pieces(name, world).items():
-                widths = [self.parts[i].range(world, 0)[1] for i in indices]
+                widths = [self.parts[i].range(world, rank)[1] for i in indices]
                 pieces = shard[local].split_with_sizes(widths, self.dim)
                 for i, piece in zip(indices, pieces, strict=True):
                     columns[i].append(piece)
@@ -159,10 +178,7 @@ def check_tp(where: str, cuts: Iterable[Cut], world: int) -> None:
     parts = {p for cut in cuts if isinstance(cut, Split) for p in cut.parts}
     if all(p.is_legal(world) for p in parts):
         return
-    rules = sorted(
-        {f"divide or be a multiple of {p.name} ({p.units})" for p in parts if p.replicates}
-        | {f"divide {p.name} ({p.units})" for p in parts if not p.replicates}
-    )
+    rules = sorted({p.rule for p in parts})
     most = max(p.units for p in parts)
     legal = [str(n) for n in range(1, most + 1) if all(p.is_legal(n) for p in parts)]
     ways = " or ".join(filter(None, [", ".join(legal[:-1]), legal[-1]]))

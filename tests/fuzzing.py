@@ -21,9 +21,9 @@ from hybridzoo.checkpoint.pickled import PickleReader
 from hybridzoo.checkpoint.reader import Reader
 from hybridzoo.checkpoint.recorded import SourceLayout
 from hybridzoo.errors import HybridzooError
+from hybridzoo.parallel.recipe import Recipe
 from hybridzoo.pattern import Pattern
 from hybridzoo.tokenizer import load_tokenizer
-from hybridzoo.train.recipe import Recipe
 
 MAX_MESSAGE = 600
 MAX_SECONDS = 5.0

@@ -12,6 +12,7 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
+from hybridzoo.comm import Axis, Parallel
 from hybridzoo.config import HybridConfig
 from hybridzoo.errors import ConfigError
 from hybridzoo.kernels.dispatch import use
@@ -379,12 +380,12 @@ def test_a_config_made_in_python_is_checked_too():
 
 def test_tp_is_refused_with_the_place_that_cannot_be_cut():
     with pytest.raises(ConfigError) as error:
-        make_config().check_tp(3)
+        make_config().check_parallel(Parallel(tp=Axis(0, 3)))
     assert str(error.value) == (
         "blocks.0 (mamba2): tp=3 must divide n_heads (4), and divide or be a multiple of n_groups (1). "
         "Use tp=1, 2 or 4."
     )
-    make_config().check_tp(2)
+    make_config().check_parallel(Parallel(tp=Axis(0, 2)))
 
 
 def test_a_kind_outside_the_package_is_read_like_ours(monkeypatch):

@@ -47,10 +47,10 @@ def test_fewer_units_than_ranks_live_beside_the_cut_parts():
 def test_pieces_and_shapes_tell_what_a_rank_holds():
     assert FUSED.pieces("w", 2) == {"w": (0, 1, 2)}
     assert FUSED.pieces("w", 4) == {"w": (0, 2), "w_shared": (1,)}
-    assert FUSED.local_shapes("w", (18, 3), 4) == {"w": (3, 3), "w_shared": (3, 3)}
-    assert Split(1, (HEADS,)).local_shapes("w", (5, 8), 4) == {"w": (5, 2)}
+    assert FUSED.local_shapes("w", (18, 3), 4, 0) == {"w": (3, 3), "w_shared": (3, 3)}
+    assert Split(1, (HEADS,)).local_shapes("w", (5, 8), 4, 0) == {"w": (5, 2)}
     assert Split(0, (GROUPS,)).pieces("w", 4) == {"w": (0,)}
-    assert Replicate().local_shapes("w", [5, 8], 4) == {"w": (5, 8)}
+    assert Replicate().local_shapes("w", [5, 8], 4, 0) == {"w": (5, 8)}
 
 
 parts = st.builds(
@@ -73,9 +73,9 @@ def test_join_undoes_shard_wherever_the_cut_is_legal(parts, world, dim):
         return
     check_tp("here", [cut], world)
     shards = [cut.shard("a.b", full, world, rank) for rank in range(world)]
-    for shard in shards:
+    for rank, shard in enumerate(shards):
         assert {k: tuple(t.shape) for k, t in shard.items()} == cut.local_shapes(
-            "a.b", shape, world
+            "a.b", shape, world, rank
         )
     assert torch.equal(cut.join("a.b", shards), full)
 

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hybridzoo.comm import SINGLE, Parallel
+from hybridzoo.comm import SINGLE, Axis, Parallel
+from hybridzoo.errors import ConfigError
 from hybridzoo.layers.init import Init, seeded
 from hybridzoo.layers.linear import RankLinear
 from hybridzoo.layers.state import Sequence, State, StateTensor
@@ -38,6 +39,7 @@ class Param:
             GPT-2's and Mamba's rule.
         active: the share of it that one token uses (top_k / n_experts for experts).
         trained: False for a table that gradients never reach (a router's correction bias).
+        experts: dimension 0 counts experts, which expert parallelism spreads over its ranks.
     """
 
     shape: tuple[int, ...]
@@ -48,6 +50,14 @@ class Param:
     residual: bool = False
     active: tuple[int, int] = (1, 1)
     trained: bool = True
+    experts: bool = False
+
+    def expert_range(self, ep: Axis) -> range:
+        """The part of dimension 0 that this rank of the experts' axis holds."""
+        n = self.shape[0]
+        if not self.experts:
+            return range(n)
+        return range(n * ep.rank // ep.world, n * (ep.rank + 1) // ep.world)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +129,15 @@ class LayerConfig(ABC):
         """Raise ConfigError, naming the legal tp, when this layer cannot be cut over `tp` ranks."""
         check_tp(where, self.tp_plan(d_model).values(), tp)
 
+    def check_ep(self, where: str, d_model: int, ep: int) -> None:
+        """Raise ConfigError, naming the legal ep, when `ep` ranks cannot share the experts."""
+        counts = {p.shape[0] for p in self.params(d_model).values() if p.experts}
+        for n in counts:
+            if n % ep:
+                legal = ", ".join(str(i) for i in range(1, n + 1) if n % i == 0)
+                rule = f"ep={ep} must divide n_experts ({n})"
+                raise ConfigError(f"{where}: {rule}. Use ep={legal}.")
+
 
 class Layer(nn.Module):
     """A module built from a LayerConfig's table of parameters, sized for this rank.
@@ -148,6 +167,7 @@ class Layer(nn.Module):
         # summed in one go.
         self._partial: dict[str, int] = {}
         config.check_tp(config.kind, d_model, parallel.tp.world)
+        config.check_ep(config.kind, d_model, parallel.ep.world)
 
     def forward(self, x: Tensor, state: State | None, ctx: Sequence) -> Tensor:
         """This rank's share of the output, (b, l, d), for the normed input x (b, l, d)."""
@@ -186,7 +206,8 @@ class Layer(nn.Module):
     def _local(self, name: str) -> tuple[int, ...]:
         """This rank's shape of `name`; its replicated parts, if any, are registered beside it."""
         p, world = self.table[name], self.parallel.tp.world
-        shapes = p.cut.local_shapes(name, p.shape, world)
+        shape = (len(p.expert_range(self.parallel.ep)), *p.shape[1:])
+        shapes = p.cut.local_shapes(name, shape, world, self.parallel.tp.rank)
         for local, indices in p.cut.pieces(name, world).items():
             if isinstance(p.cut, Split) and indices and p.cut.parts[indices[0]].is_shared(world):
                 self._partial[local] = p.cut.parts[indices[0]].units
@@ -259,5 +280,7 @@ class Layer(nn.Module):
             full = p.init(p.shape, seeded(seed, prefix + name))
             if p.residual:
                 full /= n_sublayers**0.5
+            mine = p.expert_range(self.parallel.ep)
+            full = full[mine.start : mine.stop]
             for local, piece in p.cut.shard(name, full, tp.world, tp.rank).items():
                 self.get_parameter(local).copy_(piece)

@@ -106,8 +106,10 @@ class MoEConfig(LayerConfig):
         is_last = self.d_latent is None
         normal = init.normal(0.02)
         table = {
-            "expert_up_weight": Param(up, normal, rows, active=used),
-            "expert_down_weight": Param(down, normal, columns, residual=is_last, active=used),
+            "expert_up_weight": Param(up, normal, rows, active=used, experts=True),
+            "expert_down_weight": Param(
+                down, normal, columns, residual=is_last, active=used, experts=True
+            ),
             "router_weight": Param((e, d_model), normal, whole),
         }
         if self.correction_bias:

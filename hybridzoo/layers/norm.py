@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hybridzoo.comm import SINGLE, Parallel
+from hybridzoo.comm import SINGLE, Axis, Parallel
 from hybridzoo.kernels.gated_rms_norm import gated_rms_norm
 from hybridzoo.kernels.layer_norm import layer_norm
 from hybridzoo.kernels.rms_norm import rms_norm
@@ -21,13 +21,19 @@ class RMSNorm(nn.Module):
         weight: (d,) parameter, or None for a norm without weight.
         eps: added to the mean square.
         weight_fp32: multiply by the weight before the cast to x's dtype.
+        axis: ranks that norm other tokens with the same weight, whose gradient is summed.
     """
 
     def __init__(
-        self, weight: nn.Parameter | None, eps: float, *, weight_fp32: bool = False
+        self,
+        weight: nn.Parameter | None,
+        eps: float,
+        *,
+        weight_fp32: bool = False,
+        axis: Axis = SINGLE.tp,
     ) -> None:
         super().__init__()
-        self.weight, self.eps, self.weight_fp32 = weight, eps, weight_fp32
+        self.weight, self.eps, self.weight_fp32, self.axis = weight, eps, weight_fp32, axis
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(y, h) with h = residual + x in the residual's dtype and y its norm in x's dtype.
@@ -35,7 +41,10 @@ class RMSNorm(nn.Module):
         Both (..., d).
         """
         options = {"eps": self.eps, "residual": residual, "weight_fp32": self.weight_fp32}
-        return rms_norm(x, self.weight, **options)
+        weight = self.weight
+        if weight is not None:
+            (weight,) = self.axis.sum_grads([weight], [1])
+        return rms_norm(x, weight, **options)
 
 
 class LayerNorm(nn.Module):
@@ -45,30 +54,40 @@ class LayerNorm(nn.Module):
         weight: (d,) parameter.
         bias: (d,) parameter.
         eps: added to the variance.
+        axis: as in RMSNorm.
     """
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter, eps: float) -> None:
+    def __init__(
+        self, weight: nn.Parameter, bias: nn.Parameter, eps: float, *, axis: Axis = SINGLE.tp
+    ) -> None:
         super().__init__()
-        self.weight, self.bias, self.eps = weight, bias, eps
+        self.weight, self.bias, self.eps, self.axis = weight, bias, eps, axis
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(y, h) with h = residual + x in the residual's dtype and y its norm in x's dtype.
 
         Both (..., d).
         """
-        return layer_norm(x, self.weight, self.bias, eps=self.eps, residual=residual)
+        weight, bias = self.axis.sum_grads([self.weight, self.bias], [1, 1])
+        return layer_norm(x, weight, bias, eps=self.eps, residual=residual)
 
 
 NormKind = Literal["rms_norm", "layer_norm"]
 
 
 def stream_norm(
-    kind: NormKind, parameter: Callable[[], nn.Parameter], eps: float, weight_fp32: bool
+    kind: NormKind,
+    parameter: Callable[[], nn.Parameter],
+    eps: float,
+    weight_fp32: bool,
+    parallel: Parallel,
 ) -> RMSNorm | LayerNorm:
     """A norm of the residual stream; `parameter` makes each of its (d,) parameters."""
+    # with sequence_parallel a rank norms its own tokens alone
+    axis = parallel.tp if parallel.sequence_parallel else SINGLE.tp
     if kind == "layer_norm":
-        return LayerNorm(parameter(), parameter(), eps)
-    return RMSNorm(parameter(), eps, weight_fp32=weight_fp32)
+        return LayerNorm(parameter(), parameter(), eps, axis=axis)
+    return RMSNorm(parameter(), eps, weight_fp32=weight_fp32, axis=axis)
 
 
 class GatedRMSNorm(nn.Module):

@@ -5,32 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, NotRequired, TypeAlias, TypedDict
+from typing import get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from hybridzoo.errors import ConfigError
+from hybridzoo.parallel.loss import IGNORE, Batch
+from hybridzoo.parallel.recipe import Packing
 from hybridzoo.tokenizer import Tokenizer
 from hybridzoo.train.documents import Documents, Ints, Source, Split, corpus, load_documents
 
 __all__ = ["IGNORE", "Batch", "PackedData", "Packing", "corpus"]
 
-Packing: TypeAlias = Literal["documents", "none"]
-
-IGNORE = -100
-_PACKINGS = ("documents", "none")
-
-
-class Batch(TypedDict):
-    """One step's tensors; the last two only with packing "documents"."""
-
-    input_ids: Tensor
-    labels: Tensor
-    cu_seqlens: NotRequired[Tensor]
-    max_seqlen: NotRequired[int]
+_PACKINGS = get_args(Packing)
 
 
 class PackedData:

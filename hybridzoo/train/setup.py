@@ -13,9 +13,9 @@ from hybridzoo.config import HybridConfig
 from hybridzoo.errors import ConfigError
 from hybridzoo.kernels import dispatch
 from hybridzoo.model import HybridLM
+from hybridzoo.parallel.recipe import Recipe
 from hybridzoo.tokenizer import Tokenizer, load_tokenizer
 from hybridzoo.train.data import PackedData
-from hybridzoo.train.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import sys
 import torch
 
 import hybridzoo
+from hybridzoo.parallel.loss import loss
 from hybridzoo.tokenizer import load_tokenizer
 from hybridzoo.train.data import PackedData
-from hybridzoo.train.loss import loss
 
 model = hybridzoo.load(sys.argv[1] if len(sys.argv) > 1 else "shakespeare", dtype=torch.float32)
 data = PackedData("shakespeare", load_tokenizer("bytes"), seq_len=1024, batch_size=8)

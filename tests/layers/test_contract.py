@@ -342,7 +342,7 @@ def test_join_undoes_shard_to_the_bit(name, tp):
         units = {p.units for p in getattr(declared.cut, "parts", ())}
         if all(p.is_legal(tp) for p in getattr(declared.cut, "parts", ())):
             shards = [declared.cut.shard(parameter, full, tp, rank) for rank in range(tp)]
-            shapes = declared.cut.local_shapes(parameter, full.shape, tp)
+            shapes = declared.cut.local_shapes(parameter, full.shape, tp, 0)
             assert all({k: tuple(t.shape) for k, t in s.items()} == shapes for s in shards)
             assert torch.equal(declared.cut.join(parameter, shards), full)
         else:

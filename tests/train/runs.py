@@ -8,8 +8,8 @@ from rich.console import Console
 
 from hybridzoo import HybridConfig, HybridLM
 from hybridzoo.checkpoint import load
+from hybridzoo.parallel.recipe import Recipe
 from hybridzoo.train.loop import Trainer
-from hybridzoo.train.recipe import Recipe
 
 MODEL = """
 name: smallest

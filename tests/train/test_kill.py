@@ -22,7 +22,7 @@ STEPS = 60
 CODE = """
 import json, sys
 from hybridzoo.train.loop import train
-from hybridzoo.train.recipe import Recipe
+from hybridzoo.parallel.recipe import Recipe
 train(Recipe.from_dict(json.loads(sys.argv[1])), resume=True)
 """
 CHANGES = {"steps": STEPS, "save_every": 1, "eval_every": 2, "eval_batches": 1}

@@ -12,8 +12,9 @@ from rich.console import Console
 
 from hybridzoo.checkpoint import load, save
 from hybridzoo.errors import ConfigError
+from hybridzoo.parallel import optim
 from hybridzoo.tokenizer import load_tokenizer
-from hybridzoo.train import loop, optim
+from hybridzoo.train import loop
 from hybridzoo.train.log import plot, read_log
 from hybridzoo.train.loop import Trainer, train
 from tests.train import runs

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from hybridzoo.layers import Sequence
-from hybridzoo.train.loss import expert_loads, loss
+from hybridzoo.parallel.loss import expert_loads, loss
 from tests.train import runs
 
 

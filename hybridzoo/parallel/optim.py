@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridzoo.model import HybridLM
-from hybridzoo.train.recipe import Recipe
+from hybridzoo.parallel.recipe import Recipe
 
 Groups = tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]
 
@@ -37,7 +37,7 @@ def build_optimizer(model: HybridLM, recipe: Recipe) -> torch.optim.AdamW:
         {"params": list(decayed.values()), "weight_decay": recipe.weight_decay},
         {"params": list(exempt.values()), "weight_decay": 0.0},
     ]
-    is_fused = model.embed.weight.device.type == "cuda"
+    is_fused = model.device.type == "cuda"
     return torch.optim.AdamW(
         [g for g in groups if g["params"]],
         lr=recipe.lr,

@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from hybridzoo.errors import ConfigError
+from hybridzoo.parallel.recipe import FREE_KEYS, Recipe
 from hybridzoo.tokenizer import ByteTokenizer
 from hybridzoo.train.documents import load_documents
-from hybridzoo.train.recipe import FREE_KEYS, Recipe
 from tests.train import runs
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs" / "train").glob("*.yaml"))
@@ -123,6 +123,8 @@ def other_value(value):
     others = {"cosine": "wsd", "fp32": "bf16", "auto": "cpu", "none": "documents"}
     if isinstance(value, bool):
         return not value
+    if isinstance(value, dict):
+        return value | {"tp": 2}
     if isinstance(value, str):
         return others.get(value, value + "x")
     return [0.1, 0.2] if isinstance(value, list) else 0.5 if value is None else value + 1

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from hybridzoo.train import optim
+from hybridzoo.parallel import optim
 from tests.train import runs
 
 

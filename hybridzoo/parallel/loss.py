@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -13,10 +14,19 @@ from hybridzoo.kernels.cross_entropy import cross_entropy
 from hybridzoo.layers import Sequence
 from hybridzoo.layers.moe import MoE
 from hybridzoo.model import HybridLM
-from hybridzoo.train.data import IGNORE, Batch
 
+IGNORE = -100
 # logits at once: 128 MiB in fp32
 _MAX_LOGITS = 1 << 25
+
+
+class Batch(TypedDict):
+    """One step's tensors; the last two only with packing "documents"."""
+
+    input_ids: Tensor
+    labels: Tensor
+    cu_seqlens: NotRequired[Tensor]
+    max_seqlen: NotRequired[int]
 
 
 def loss(

@@ -10,14 +10,17 @@ from typing import Any, Literal, Self
 
 from hybridzoo.errors import ConfigError
 from hybridzoo.options import check_fields, read_file, read_options
-from hybridzoo.train.data import Packing
-from hybridzoo.train.documents import CORPORA
+from hybridzoo.recompute import Recompute
+
+Packing = Literal["documents", "none"]
+# texts that ship with the zoo
+CORPORA = ("shakespeare",)
 
 # keys that a resumed run may change: none of them is part of what one step computes, but for
 # steps, which a longer run must be able to raise.
 FREE_KEYS = frozenset(
     {"steps", "log_every", "eval_every", "eval_batches", "save_every", "keep_last", "output"}
-    | {"device", "compile"}
+    | {"device", "compile", "parallel"}
 )
 
 
@@ -36,6 +39,39 @@ class DataRecipe:
     seq_len: int
     tokenizer: str | None = None
     packing: Packing = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelRecipe:
+    """How a run is spread over the ranks that a launcher started; dp is what they leave.
+
+    Attributes:
+        tp: ranks that hold slices of each layer.
+        pp: ranks that hold different places of the stack.
+        ep: data-parallel ranks that hold different experts.
+        zero_stage: what data-parallel ranks share of the training state: 0 nothing, 1 optimizer
+            state, 2 gradients too, 3 parameters too (ZeRO, arXiv 1910.02054).
+        sequence_parallel: between blocks each tp rank keeps its share of the tokens alone.
+        balance: pipeline stages at the pattern's cuts ("pattern"), or of equal cost ("auto").
+        recompute: activations that a letter's blocks compute again in the backward: none, mixer
+            (all but the projections' outputs), full.
+        deepspeed: a DeepSpeed config file whose keys join ours.
+        timeout_s: after so many seconds without an answer from another rank, a rank gives up.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    sequence_parallel: bool = False
+    balance: Literal["pattern", "auto"] = "pattern"
+    recompute: dict[str, Recompute] = field(default_factory=dict)
+    deepspeed: str | None = None
+    timeout_s: int = 600
+
+    def __post_init__(self) -> None:
+        """Refuse a field of the wrong type or range."""
+        check_fields("parallel", self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +107,7 @@ class Recipe:
         eval_batches: batches an evaluation, spread evenly; 0 is all of the held-out split.
         save_every: steps between checkpoints.
         keep_last: checkpoints kept.
+        parallel: how several ranks share the work.
     """
 
     model: str
@@ -98,6 +135,7 @@ class Recipe:
     eval_batches: int = field(default=0, metadata={"min": 0})
     save_every: int = 500
     keep_last: int = 2
+    parallel: ParallelRecipe = field(default_factory=ParallelRecipe)
 
     def __post_init__(self) -> None:
         """Refuse what cannot work, however the recipe was made."""
@@ -131,6 +169,10 @@ class Recipe:
         if isinstance(options, Mapping) and "data" in options:
             data = read_options(DataRecipe, "data", options["data"], of="a recipe's data")
             options = {**options, "data": data}
+        if isinstance(options, Mapping) and "parallel" in options:
+            spread = options["parallel"]
+            spread = read_options(ParallelRecipe, "parallel", spread, of="a recipe's parallel")
+            options = {**options, "parallel": spread}
         return read_options(cls, "", options, of="a recipe")
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,7 +188,10 @@ class Recipe:
             data = replace(data, source=_path(home, data.source))
         if data.tokenizer not in (None, "bytes"):
             data = replace(data, tokenizer=_path(root, data.tokenizer))
-        return replace(self, model=_path(root, self.model), data=data)
+        spread = self.parallel
+        if spread.deepspeed is not None:
+            spread = replace(spread, deepspeed=_path(root, spread.deepspeed))
+        return replace(self, model=_path(root, self.model), data=data, parallel=spread)
 
     def changed_key(self, other: Mapping[str, Any]) -> str | None:
         """The first key, dotted, in which the plain recipe `other` is another run than this one.

@@ -1,0 +1,23 @@
+"""The embedding of a tensor-parallel rank: its own rows of the vocabulary."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class VocabEmbedding(nn.Embedding):
+    """An Embedding of some of the vocabulary's rows; the ranks' outputs are summed.
+
+    Its first row is the token `start`.
+    """
+
+    start = 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(b, l) ids -> (b, l, d): the rows of the ids it has, zeros for the others."""
+        row = input - self.start
+        is_elsewhere = (row < 0) | (row >= len(self.weight))
+        return F.embedding(row.masked_fill(is_elsewhere, 0), self.weight).masked_fill(
+            is_elsewhere[..., None], 0
+        )

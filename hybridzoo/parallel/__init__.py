@@ -1,0 +1,1 @@
+"""Training spread over ranks: the recipe, the loss, the engines."""

@@ -1,0 +1,153 @@
+"""The engines: one step of training, however many ranks share it.
+
+`Engine` is one process in plain torch; deepspeed.py has those of many. `initialize` picks one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from hybridzoo.model import HybridLM
+from hybridzoo.parallel import optim
+from hybridzoo.parallel.loss import IGNORE, Batch, loss
+from hybridzoo.parallel.recipe import Recipe
+
+# what AdamW remembers of a parameter, in the parameter's shape
+SLOTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one step gave, over all ranks.
+
+    Attributes:
+        nats: mean loss of a label.
+        aux: balance losses.
+        norm: gradient norm before clipping.
+        n_targets: labels.
+        is_applied: False where loss or norm was not finite, and the weights stayed as they were.
+    """
+
+    nats: float
+    aux: float
+    norm: float
+    n_targets: int
+    is_applied: bool
+
+
+class Engine:
+    """Trains a model in one process.
+
+    Args:
+        model: fp32 weights, on its device.
+        recipe: of the run.
+
+    Attributes:
+        params: this rank's trained parameters by their name in the model, decayed ones first.
+        n_updates: updates that the optimizer has made.
+    """
+
+    def __init__(self, model: HybridLM, recipe: Recipe) -> None:
+        self.model, self.recipe, self.parallel = model, recipe, model.parallel
+        self.device = model.device
+        self.params = {k: p for group in optim.decay_groups(model) for k, p in group.items()}
+        self.n_updates = 0
+        self._setup()
+
+    def _setup(self) -> None:
+        self.optimizer = optim.build_optimizer(self.model, self.recipe)
+
+    def step(self, batches: Sequence[Batch], lr: float) -> Outcome:
+        """One update from this rank's parts of a step's batch, unless it would not be finite.
+
+        Args:
+            batches: `recipe.accumulate` parts, whose gradients are summed.
+            lr: learning rate.
+        """
+        self.model.train()
+        n_targets = max(1, sum(int((b["labels"] != IGNORE).sum()) for b in batches))
+        nats = aux = torch.zeros((), device=self.device)
+        for batch in batches:
+            with self.precision():
+                share, metrics = loss(self.model, self.moved(batch), n_targets)
+            share.backward()
+            nats = nats + metrics["nats"] / n_targets
+            aux = aux + metrics["aux"] * metrics["n_targets"] / n_targets
+        limit = math.inf if self.recipe.clip_norm is None else self.recipe.clip_norm
+        norm = nn.utils.clip_grad_norm_(self.params.values(), limit)
+        # one transfer, the only wait for the GPU in a step
+        found = torch.stack([nats, aux, norm]).tolist()
+        is_finite = all(map(math.isfinite, found))
+        if is_finite:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            self.n_updates += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        return Outcome(*found, n_targets, is_finite)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
+        """Summed nats and number of labels of batches, over all ranks, without dropout."""
+        self.model.eval()
+        nats, count = torch.zeros((), dtype=torch.float64), 0
+        # eager: the last batch's shape would be compiled anew
+        with torch.compiler.set_stance("force_eager"):
+            for batch in batches:
+                with self.precision():
+                    _, metrics = loss(self.model, self.moved(batch), 1)
+                nats += metrics["nats"].cpu()
+                count += int((batch["labels"] != IGNORE).sum())
+        return nats.item(), count
+
+    @contextmanager
+    def weights(self, name: str) -> Iterator[Tensor]:
+        """The parameter `name` of this rank, whole and writable until the block ends.
+
+        Every data-parallel rank asks for the same ones in the same order.
+        """
+        yield self.params[name].detach()
+
+    def read_slot(self, name: str, slot: str) -> Tensor:
+        """What the optimizer remembers of a parameter, in its shape; zeros before any update.
+
+        Every data-parallel rank asks for the same ones in the same order.
+        """
+        state = self.optimizer.state[self.params[name]]
+        return state[slot] if slot in state else torch.zeros_like(self.params[name])
+
+    def write_slots(self, name: str, values: dict[str, Tensor], n_updates: int) -> None:
+        """Set what the optimizer remembers of a parameter, and how many updates it made."""
+        parameter = self.params[name]
+        state = {slot: t.to(parameter.device, copy=True) for slot, t in values.items()}
+        where = parameter.device if self.optimizer.defaults["fused"] else "cpu"
+        state["step"] = torch.tensor(float(n_updates), device=where)
+        self.optimizer.state[parameter] = state
+        self.n_updates = n_updates
+
+    def precision(self) -> torch.autocast:
+        """The forward's number format."""
+        is_bf16 = self.recipe.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=is_bf16)
+
+    def moved(self, batch: Batch) -> Batch:
+        """A batch on the engine's device."""
+        moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        return cast(Batch, moved)
+
+
+def initialize(model: HybridLM, recipe: Recipe) -> Engine:
+    """The engine that trains a model, or this rank's part of one, as the recipe says."""
+    if not torch.distributed.is_initialized():
+        return Engine(model, recipe)
+    from hybridzoo.parallel.deepspeed import DataEngine, PipelineEngine
+
+    made = DataEngine if model.parallel.pp.world == 1 else PipelineEngine
+    return made(model, recipe)

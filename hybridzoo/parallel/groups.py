@@ -1,0 +1,1 @@
+"""Process groups from what torchrun, deepspeed or SLURM started."""
