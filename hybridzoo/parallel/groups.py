@@ -1,1 +1,178 @@
 """Process groups from what torchrun, deepspeed or SLURM started."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from hybridzoo.comm import SINGLE, Axis, Parallel
+from hybridzoo.errors import ConfigError
+
+# ours (torchrun's and deepspeed's too): what srun calls the same
+_SLURM = {
+    "RANK": "SLURM_PROCID",
+    "WORLD_SIZE": "SLURM_STEP_NUM_TASKS",
+    "LOCAL_RANK": "SLURM_LOCALID",
+}
+
+
+def init(
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    ep: int = 1,
+    sequence_parallel: bool = False,
+    timeout_s: int = 600,
+    device: torch.device | str | None = None,
+) -> Parallel:
+    """Join the ranks that a launcher started, and find this one's place among them.
+
+    Ranks count along (pp, dp, tp), tp fastest, so that the ranks that talk most are neighbours; dp
+    is what tp and pp leave. The first call starts torch.distributed (NCCL on a GPU, that of
+    LOCAL_RANK; gloo on the CPU) and is made by every rank with the same values. Where it runs
+    already, only the groups are made.
+
+    Args:
+        tp: ranks that hold slices of each layer.
+        pp: ranks that hold different places of the stack.
+        ep: data-parallel ranks that hold different experts; ep ranks in a row.
+        sequence_parallel: between blocks each tp rank keeps its share of the tokens alone; means
+            nothing at tp 1.
+        timeout_s: after so many seconds without an answer from another rank, a rank gives up.
+        device: "cpu" or "cuda"; None is a GPU if there is one.
+
+    Returns:
+        SINGLE in a process that no launcher started; else axes that all have groups.
+
+    Raises:
+        ConfigError: the ranks cannot be laid out so; the legal sizes are listed.
+    """
+    _check_counts(tp=tp, pp=pp, ep=ep, timeout_s=timeout_s)
+    if not dist.is_initialized():
+        if not is_launched():
+            _check_single(tp, pp, ep)
+            return SINGLE
+        world = _number("WORLD_SIZE")
+        _check_layout(world, tp, pp, ep)
+        _join(world, timedelta(seconds=timeout_s), device)
+    world = dist.get_world_size()
+    _check_layout(world, tp, pp, ep)
+    limit = timedelta(seconds=timeout_s)
+    ranks = torch.arange(world).view(pp, -1, tp)
+    dp = ranks.shape[1]
+    # every rank takes part in making every group, in one order
+    return Parallel(
+        tp=_axis(ranks.reshape(-1, tp).tolist(), limit),
+        ep=_axis(ranks.transpose(1, 2).reshape(-1, ep).tolist(), limit),
+        pp=_axis(ranks.reshape(pp, -1).T.tolist(), limit),
+        dp=_axis(ranks.transpose(1, 2).reshape(-1, dp).tolist(), limit),
+        sequence_parallel=sequence_parallel and tp > 1,
+    )
+
+
+def finish() -> None:
+    """Leave torch.distributed, once all ranks are done; nothing in a process of its own."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_launched() -> bool:
+    """Whether torchrun, deepspeed or srun started this process as one of several ranks."""
+    return "RANK" in os.environ or os.environ.get(_SLURM["WORLD_SIZE"], "1") != "1"
+
+
+def rank() -> int:
+    """This process's number among all ranks; 0 in a process of its own."""
+    if dist.is_initialized():
+        return dist.get_rank()
+    return _number("RANK") if is_launched() else 0
+
+
+def _join(world: int, limit: timedelta, device: torch.device | str | None) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise ConfigError(
+                f"parallel: {name} is not set; the ranks need the host and a free port of rank 0. "
+                "Export both, as in scripts/launch/slurm.sh, or start with torchrun."
+            )
+    for name in _SLURM:
+        # torch.distributed and DeepSpeed read them
+        os.environ[name] = str(_number(name))
+    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    if kind == "cuda":
+        local, n_gpus = _number("LOCAL_RANK"), torch.cuda.device_count()
+        if local >= n_gpus:
+            raise ConfigError(
+                f"parallel: rank {_number('RANK')} is process {local + 1} of this host, which has "
+                f"{n_gpus} GPUs; each rank needs its own. Start fewer ranks."
+            )
+        torch.cuda.set_device(local)
+    backend = "nccl" if kind == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=_number("RANK"), world_size=world, timeout=limit)
+
+
+def _number(name: str) -> int:
+    found = name if name in os.environ else _SLURM[name]
+    text = os.environ.get(found, "")
+    if not text.isdecimal():
+        raise ConfigError(
+            f"parallel: {found} cannot be {text!r}; a launcher sets it to a number. Start with "
+            "torchrun, deepspeed or srun."
+        )
+    return int(text)
+
+
+def _axis(groups: Sequence[list[int]], limit: timedelta) -> Axis:
+    me, mine = dist.get_rank(), Axis()
+    for members in groups:
+        group = dist.new_group(members, timeout=limit)
+        if me in members:
+            mine = Axis(members.index(me), len(members), group)
+    return mine
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ConfigError(
+                f"parallel: {name} cannot be {count}; it is a count >= 1. Correct it."
+            )
+
+
+def _check_single(tp: int, pp: int, ep: int) -> None:
+    n = tp * pp * ep
+    if n == 1:
+        return
+    asked = ", ".join(f"{k} {v}" for k, v in (("tp", tp), ("pp", pp), ("ep", ep)) if v > 1)
+    program = Path(sys.argv[0])
+    script = str(program) if program.suffix == ".py" else f"--no-python {program.name}"
+    command = f"torchrun --nproc-per-node {n} {script} {shlex.join(sys.argv[1:])}".rstrip()
+    raise ConfigError(
+        f"parallel: {asked} needs {n} processes, and this is one; a launcher starts them. "
+        f"Type: {command}"
+    )
+
+
+def _check_layout(world: int, tp: int, pp: int, ep: int) -> None:
+    if world % (tp * pp):
+        raise ConfigError(
+            f"parallel: {world} ranks cannot be laid out as tp {tp} x pp {pp}; the product divides "
+            f"their number. Use a product of {_divisors(world)}, or start {tp * pp} ranks."
+        )
+    dp = world // (tp * pp)
+    if dp % ep:
+        raise ConfigError(
+            f"parallel: ep {ep} cannot divide {dp} data-parallel ranks ({world} / tp {tp} / pp "
+            f"{pp}); each group of experts has as many. Use ep {_divisors(dp)}."
+        )
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(k) for k in range(1, n + 1) if n % k == 0)
