@@ -10,10 +10,12 @@ from hybridzoo.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
     import torch
 
     from hybridzoo.tokenizer import Tokenizer
+    from hybridzoo.zoo.cache import Snapshot
 
 # an unknown command or option, or a value that is no number; typer exports only this child of it
 UsageError = typer.BadParameter.__mro__[1]
@@ -21,6 +23,7 @@ UsageError = typer.BadParameter.__mro__[1]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto: a GPU if there is one.")]
 Kernels = Annotated[str, typer.Option(help="Backends by op: ssd=reference,attention=sdpa.")]
+Revision = Annotated[str | None, typer.Option(help="Of org/repo: a branch, tag or commit.")]
 
 
 def sentence(error: Exception) -> str:
@@ -67,6 +70,26 @@ def use_kernels(text: str) -> None:
     from hybridzoo.kernels.dispatch import parse_backends, set_backends
 
     set_backends(parse_backends(text))
+
+
+def find(model: str, revision: str | None, *, pickles: bool = False, quiet: bool = False) -> Path:
+    """A model's directory; one from the hub is downloaded, and stderr says which commit it is."""
+    from hybridzoo import show
+    from hybridzoo.zoo import find_directory
+
+    def report(got: Snapshot) -> None:
+        if not quiet:
+            typer.echo(served(got), err=True)
+
+    with show.progress() as progress:
+        return find_directory(
+            model, revision=revision, pickles=pickles, progress=progress, report=report
+        )
+
+
+def served(got: Snapshot) -> str:
+    """Which commit of a repository it is, in a line."""
+    return f"{got.repo}: commit {got.commit}{', from the cache' if got.was_cached else ''}"
 
 
 def encode(prompt: str, tokenizer: Tokenizer) -> torch.Tensor:

@@ -15,11 +15,14 @@ from hybridzoo.arguments import (
     AsJson,
     Device,
     Kernels,
+    Revision,
     UsageError,
     encode,
+    find,
     parse_device,
     parse_dtype,
     sentence,
+    served,
     use_kernels,
     write,
 )
@@ -78,15 +81,16 @@ def list_(as_json: AsJson = False) -> None:
 
 @app.command()
 def info(
-    model: Annotated[str, typer.Argument(help="A zoo name, config file or checkpoint directory.")],
+    model: Annotated[str, typer.Argument(help="A zoo name, file, directory or org/repo.")],
     as_json: AsJson = False,
+    revision: Revision = None,
 ) -> None:
     """Draw a model's stack and count its parameters, operations and state."""
     from hybridzoo import show
     from hybridzoo.describe import facts
     from hybridzoo.zoo import find_config
 
-    config = find_config(model)
+    config = find_config(model, revision=revision)
     if as_json:
         typer.echo(json.dumps(facts(config), indent=2))
     else:
@@ -95,7 +99,9 @@ def info(
 
 @app.command()
 def generate(
-    model: Annotated[str, typer.Argument(help="A zoo name or a directory.")] = "shakespeare",
+    model: Annotated[
+        str, typer.Argument(help="A zoo name, a directory or org/repo.")
+    ] = "shakespeare",
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "\n",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
@@ -107,6 +113,7 @@ def generate(
     dtype: Annotated[str, typer.Option(help="fp32, bf16, stored; auto: fp32 on a CPU.")] = "auto",
     device: Device = "auto",
     kernels: Kernels = "",
+    revision: Revision = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Nothing but the text.")] = False,
 ) -> None:
     """Continue a prompt; only the text, prompt included, goes to stdout."""
@@ -116,8 +123,9 @@ def generate(
 
     place = parse_device(device)
     use_kernels(kernels)
-    lm = load(model, dtype=parse_dtype(dtype, place), device=place)
-    tokenizer = load_tokenizer_of(model, lm.config)
+    directory = find(model, revision, quiet=quiet)
+    lm = load(directory, dtype=parse_dtype(dtype, place), device=place)
+    tokenizer = load_tokenizer_of(directory, lm.config)
     steps = stream(
         lm,
         encode(prompt, tokenizer),
@@ -139,41 +147,41 @@ def generate(
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="A directory, ours or a family's, or a zoo name.")],
+    source: Annotated[str, typer.Argument(help="A directory, a zoo name or org/repo.")],
     target: Annotated[Path, typer.Argument(help="The directory to write.")],
     layout: Annotated[str, typer.Option(help="native, or a family such as jamba.")] = "native",
     from_pickle: Annotated[bool, typer.Option("--from-pickle", help="Read .bin files.")] = False,
     unpad_vocab: Annotated[
         bool, typer.Option("--unpad-vocab", help="Leave out rows that no token has (state_spaces).")
     ] = False,
+    revision: Revision = None,
 ) -> None:
     """Rewrite a checkpoint in another layout, tensor by tensor."""
-    from hybridzoo.zoo import find_directory
-
-    directory, target = find_directory(source), target.expanduser()
+    target = target.expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(
             f"{target}: exists and is not empty; convert writes a new directory. Choose another."
         )
     from hybridzoo.checkpoint import convert
 
+    directory = find(source, revision, pickles=from_pickle)
     convert(directory, target, layout=layout, from_pickle=from_pickle, unpad_vocab=unpad_vocab)
     typer.echo(f"{target}: written in the {layout} layout")
 
 
 @app.command()
 def verify(
-    model: Annotated[str, typer.Argument(help="A directory, ours or a family's, or a zoo name.")],
+    model: Annotated[str, typer.Argument(help="A directory, a zoo name or org/repo.")],
     as_json: AsJson = False,
     device: Device = "auto",
     kernels: Kernels = "",
+    revision: Revision = None,
 ) -> None:
     """Check a checkpoint: files, tensors, NaN and Inf, checksums, tokenizer, golden outputs."""
     from hybridzoo import show
     from hybridzoo.checkpoint.verify import verify
-    from hybridzoo.zoo import find_directory
 
-    directory, place = find_directory(model), parse_device(device)
+    directory, place = find(model, revision), parse_device(device)
     use_kernels(kernels)
     with show.progress() as progress:
         findings = verify(directory, device=place, progress=progress)
@@ -186,6 +194,51 @@ def verify(
 
 
 @app.command()
+def download(
+    model: Annotated[str, typer.Argument(help="A zoo name or org/repo.")],
+    revision: Revision = None,
+    into: Annotated[Path | None, typer.Option("--dir", help="Here, not in the cache.")] = None,
+    pickle: Annotated[
+        bool, typer.Option("--pickle", help="Take .bin files where there is nothing else.")
+    ] = False,
+) -> None:
+    """Download a model from the hub and check every file; its directory goes to stdout."""
+    from hybridzoo import show
+    from hybridzoo.zoo import find_repository
+    from hybridzoo.zoo.hub import fetch
+
+    repo = find_repository(model)
+    with show.progress() as progress:
+        got = fetch(repo, revision=revision, pickles=pickle, directory=into, progress=progress)
+    typer.echo(served(got), err=True)
+    typer.echo(got.path)
+
+
+@app.command()
+def publish(
+    directory: Annotated[Path, typer.Argument(help="A checkpoint with its card, README.md.")],
+    repo: Annotated[str, typer.Argument(help="org/repo; made if missing.")],
+    public: Annotated[bool, typer.Option("--public", help="For all to see.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, and upload nothing.")] = False,
+    revision: Annotated[str | None, typer.Option(help="A branch; made if missing.")] = None,
+    license: Annotated[str | None, typer.Option(help="Of a card to write, as mit.")] = None,
+) -> None:
+    """Upload a checkpoint to the hub in one commit, private unless --public."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    from hybridzoo import show
+    from hybridzoo.zoo.publish import publish
+
+    # an upload's are the client's own
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    found = publish(
+        directory, repo, private=not public, dry_run=dry_run, revision=revision, license=license
+    )
+    show.console().print(show.upload(found))
+
+
+@app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="Such as configs/train/tiny.yaml.")],
     output: Annotated[Path | None, typer.Option(help="Instead of the recipe's output.")] = None,
@@ -193,8 +246,8 @@ def train(
     kernels: Kernels = "",
 ) -> None:
     """Train a model from a recipe; stop it whenever you like and go on with --resume."""
+    from hybridzoo.parallel.recipe import Recipe
     from hybridzoo.train.loop import train
-    from hybridzoo.train.recipe import Recipe
 
     use_kernels(kernels)
     changes = {} if output is None else {"output": str(output)}

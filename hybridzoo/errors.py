@@ -34,3 +34,7 @@ class BackendError(HybridzooError):
 
 class CheckpointError(HybridzooError):
     """A checkpoint's files, names, shapes or dtypes are not what its config says."""
+
+
+class HubError(HybridzooError):
+    """The hub, or the way to it, did not give or take what was asked of it."""

@@ -80,6 +80,19 @@ def findings(found: Iterable[Any]) -> Table:
     return table
 
 
+def upload(found: Any) -> Group:
+    """What was published or would be: Published of zoo.publish."""
+    table = Table("file", "size")
+    for name, n_bytes in found.files.items():
+        table.add_row(Text(name), size(n_bytes))
+    done = f"commit {found.commit}" if found.commit else "a dry run: nothing was uploaded"
+    seen = "private" if found.private else "public"
+    lines = [Text(f"{found.repo} ({seen}): {done}")]
+    for what, names in (("removed there", found.removed), ("left out", found.left_out)):
+        lines += [Text(f"{what}: {', '.join(names)}", style="dim")] if names else []
+    return Group(table, *lines)
+
+
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
     """A bar on a terminal's stderr for each word that is told, with bytes done and bytes in all."""
@@ -92,7 +105,7 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         def tell(what: str, done: int, total: int) -> None:
             if what not in bars:
                 bars[what] = shown.add_task(what, total=total)
-            shown.update(bars[what], completed=done)
+            shown.update(bars[what], completed=done, total=total)
 
         yield tell
 

@@ -1,7 +1,12 @@
 """Fixtures of every test: uninitialised memory is NaN; `device` is each kind there is."""
 
+import os
+
 import pytest
 import torch
+
+# before huggingface_hub reads it: no test asks the real hub; tests/hub_server.py is asked instead
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

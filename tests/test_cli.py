@@ -33,7 +33,8 @@ CONFIG = {
     },
     "eos_token_id": 256,
 }
-COMMANDS = ["list", "info", "generate", "convert", "verify", "train", "doctor"]
+COMMANDS = ["list", "info", "generate", "convert", "verify", "download", "publish", "train"]
+COMMANDS += ["doctor"]
 
 
 @pytest.fixture(autouse=True)

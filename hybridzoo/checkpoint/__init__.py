@@ -233,6 +233,14 @@ def _read_config(directory: Path) -> tuple[HybridConfig, Family | None]:
             own = {k: v for k, v in published.items() if k not in ("model_type", "dtype")}
             return HybridConfig.from_dict(own), None
         known = family_of(published)
-        return known.read(published).with_options(name=directory.resolve().name), known
+        return known.read(published).with_options(name=_name(directory)), known
     except (ConfigError, CheckpointError) as error:
         raise type(error)(f"{path}: {error}") from None
+
+
+def _name(directory: Path) -> str:
+    path = directory.resolve()
+    if path.parent.name == "snapshots":
+        # huggingface_hub's cache: models--owner--name/snapshots/commit
+        return path.parent.parent.name.split("--")[-1]
+    return path.name

@@ -236,8 +236,9 @@ def resolve(directory: Path, name: str) -> Path:
         ) from None
     allowed = [home]
     if home.parent.name == "snapshots":
-        # huggingface_hub's cache: a snapshot's files are links to blobs/ of the same repository.
-        allowed.append(home.parent.parent / "blobs")
+        # huggingface_hub's cache: a snapshot's files are links to blobs/ of the same repository,
+        # and those may be links to blobs/ of the cache, which all repositories share.
+        allowed += [home.parent.parent / "blobs", home.parent.parent.parent / "blobs"]
     if not any(target.is_relative_to(a) for a in allowed):
         raise CheckpointError(
             f"{path}: leads out of the directory ({target}); a checkpoint's files lie in it. Copy "

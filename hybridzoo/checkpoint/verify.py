@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -75,6 +75,7 @@ def verify(
     *,
     device: torch.device | str = "cpu",
     progress: Progress = lambda check, done, total: None,
+    only: Collection[str] | None = None,
 ) -> list[Finding]:
     """Check a native or published directory; nothing is written.
 
@@ -86,6 +87,7 @@ def verify(
         directory: config.json and safetensors.
         device: where the golden values are compared.
         progress: hears how far the two checks that read every byte have come.
+        only: the checks to make; None is all of them.
 
     Returns:
         The findings, in the order of the checks; all is well if none has failed.
@@ -93,6 +95,8 @@ def verify(
     checks = _Checks(Path(directory), torch.device(device), progress)
     found: list[Finding] = []
     for name, needs in _NEEDS.items():
+        if only is not None and name not in only:
+            continue
         if needs and not hasattr(checks, needs):
             found.append(Finding(name, "not run", "needs what failed above"))
             continue

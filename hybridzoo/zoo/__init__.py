@@ -1,4 +1,4 @@
-"""The zoo: models by name, their configs, cards and embedded weights.
+"""The zoo: models by name, by path and from the hub.
 
 Names, cards and licences are read without torch.
 """
@@ -6,15 +6,24 @@ Names, cards and licences are read without torch.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from functools import cached_property
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridzoo.errors import ConfigError
 from hybridzoo.options import suggest
 from hybridzoo.tokenizer import Tokenizer, load_tokenizer
-from hybridzoo.zoo.card import Card, FrontMatter
+from hybridzoo.zoo.entries import ModelEntry, list_models
+
+__all__ = [
+    "ModelEntry",
+    "find_config",
+    "find_directory",
+    "find_repository",
+    "list_models",
+    "load",
+    "load_tokenizer_of",
+]
 
 if TYPE_CHECKING:
     import torch
@@ -23,101 +32,14 @@ if TYPE_CHECKING:
     from hybridzoo.config import HybridConfig
     from hybridzoo.model import HybridLM
 
-_PACKAGE = Path(__file__).resolve().parents[1]
-_WEIGHTS = Path(__file__).resolve().parent / "weights"
-
-
-@dataclass(frozen=True)
-class ModelEntry:
-    """One model of the zoo; its files are read when asked for.
-
-    Attributes:
-        name: its name, the stem of its files.
-        config_path: its YAML.
-        card_path: its model card.
-        weights_path: where embedded weights are, if it has any.
-    """
-
-    name: str
-    config_path: Path
-    card_path: Path
-    weights_path: Path
-
-    @cached_property
-    def config(self) -> HybridConfig:
-        """The architecture; imports torch."""
-        from hybridzoo.config import HybridConfig
-
-        return HybridConfig.load(self.config_path)
-
-    @cached_property
-    def front(self) -> FrontMatter:
-        """The card's front matter."""
-        return Card.read(self.card_path).front
-
-    @property
-    def pattern(self) -> str:
-        """Its layers, as the YAML writes them."""
-        return self.config.pattern
-
-    @cached_property
-    def n_params(self) -> int:
-        """Parameters."""
-        return self.config.n_params()
-
-    @cached_property
-    def n_active_params(self) -> int:
-        """Parameters that one token uses."""
-        return self.config.n_active_params()
-
-    @property
-    def licence(self) -> str:
-        """Of the weights; the name where the hub has no id for it."""
-        return self.front.license_name or self.front.license
-
-    @property
-    def context(self) -> int | None:
-        """Longest sequence that the weights are meant for, if the card says."""
-        return self.front.context
-
-    @property
-    def has_weights(self) -> bool:
-        """Whether the package holds its weights."""
-        return (self.weights_path / "config.json").is_file()
-
-    @property
-    def weights(self) -> str:
-        """Where its weights are: embedded, a repository on the hub, or nowhere (random)."""
-        return "embedded" if self.has_weights else self.front.hub or "random"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything above as plain values."""
-        return {
-            "name": self.name,
-            "pattern": self.pattern,
-            "n_params": self.n_params,
-            "n_active_params": self.n_active_params,
-            "context": self.context,
-            "licence": self.licence,
-            "weights": self.weights,
-            "has_weights": self.has_weights,
-            "config_path": str(self.config_path),
-            "card_path": str(self.card_path),
-        }
-
-
-def list_models() -> list[ModelEntry]:
-    """Every model of the zoo, by name."""
-    configs, cards = _shipped("configs"), _shipped("model_cards")
-    return [
-        ModelEntry(path.stem, path, cards / f"{path.stem}.md", _WEIGHTS / path.stem)
-        for path in sorted(configs.glob("*.yaml"))
-    ]
+# not a file: these have endings
+_REPOSITORY = re.compile(r"(?!\.)[\w.-]+/(?!.*\.(ya?ml|json|safetensors|bin)$)[\w.-]*\w", re.ASCII)
 
 
 def load(
     source: str | Path,
     *,
+    revision: str | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     parallel: Parallel | None = None,
@@ -126,7 +48,9 @@ def load(
 
     Args:
         source: a name of the zoo, or a directory: ours or one that a family published. A name wins
-            over a directory called alike; write ./name for that.
+            over a directory called alike; write ./name for that. Or owner/name of a repository on
+            the hub, where no directory is called so: it is downloaded once.
+        revision: the repository's branch, tag or commit; None is main.
         dtype: of the parameters, A_log, D and dt_bias staying at least fp32; None: as stored.
         device: where they go; None is the CPU.
         parallel: this process's place among tensor-parallel ranks; None is alone.
@@ -135,11 +59,12 @@ def load(
         The model in eval mode: dropout starts with model.train().
 
     Raises:
-        ConfigError: there is no such name or directory, or the name has no embedded weights.
+        ConfigError: there is no such name or directory, or the name's weights are not here.
         CheckpointError: the directory's files are not a whole checkpoint.
+        HubError: the hub has no such repository, or cannot be reached.
     """
     # looked up first: a name that does not exist is refused before torch is imported
-    directory = find_directory(source)
+    directory = find_directory(source, revision=revision)
 
     from hybridzoo.checkpoint import load as load_checkpoint
     from hybridzoo.comm import SINGLE
@@ -147,34 +72,51 @@ def load(
     return load_checkpoint(directory, dtype=dtype, device=device, parallel=parallel or SINGLE)
 
 
-def find_config(source: str | Path) -> HybridConfig:
-    """The config of a zoo name, of a YAML or JSON file, or of a checkpoint's directory.
+def find_config(source: str | Path, *, revision: str | None = None) -> HybridConfig:
+    """The config of a zoo name, a YAML or JSON file, a checkpoint's directory or a repository.
 
     Raises:
         ConfigError: there is none, or it has a mistake.
+        HubError: the hub has no such repository, or cannot be reached.
     """
     entry = _entry(source)
     if entry is not None:
         return entry.config
-    path = _existing(source)
+    repo = _repository(source, revision)
 
     from hybridzoo.checkpoint import read_config
     from hybridzoo.config import HybridConfig
 
+    if repo is not None:
+        from hybridzoo.zoo.hub import download
+
+        return read_config(download(repo, revision=revision, only_config=True))
+    path = _existing(source)
     return read_config(path) if path.is_dir() else HybridConfig.load(path)
 
 
-def find_directory(source: str | Path) -> Path:
-    """The checkpoint's directory of a zoo name with embedded weights, or of a path.
+def find_directory(source: str | Path, *, revision: str | None = None, **options: Any) -> Path:
+    """The checkpoint's directory of a zoo name, a path, or a repository, which is downloaded.
+
+    A zoo name's weights are embedded or were downloaded: tens of GB do not come unasked.
+
+    Args:
+        source: as in load.
+        revision: as in load.
+        options: of a download, as in hub.fetch.
 
     Raises:
         ConfigError: there is none.
+        HubError: the hub has no such repository, or cannot be reached.
     """
     entry = _entry(source)
     if entry is not None:
-        if not entry.has_weights:
-            raise ConfigError(_without_weights(entry))
-        return entry.weights_path
+        return _weights_of(entry, revision)
+    repo = _repository(source, revision)
+    if repo is not None:
+        from hybridzoo.zoo.hub import download
+
+        return download(repo, revision=revision, **options)
     path = _existing(source)
     if path.is_file():
         way_out = (
@@ -184,6 +126,30 @@ def find_directory(source: str | Path) -> Path:
         )
         raise ConfigError(f"{path}: is a file; a checkpoint is a directory. {way_out}.")
     return path
+
+
+def find_repository(source: str) -> str:
+    """The repository on the hub of a zoo name or of owner/name.
+
+    Raises:
+        ConfigError: it has none, or is neither.
+    """
+    entry = _entry(source)
+    if entry is None:
+        if _REPOSITORY.fullmatch(source):
+            return source
+        _existing(source)
+        raise ConfigError(
+            f"{source}: is here already; a download is of a name of the zoo or of owner/name on "
+            "the hub. Use it as it is."
+        )
+    if entry.front.hub is None:
+        what = "its weights are in the package" if entry.has_weights else "no weights are published"
+        way_out = (
+            "Use it as it is" if entry.has_weights else "Train it, or build it with random ones"
+        )
+        raise ConfigError(f"{entry.name}: {what}; there is nothing to download. {way_out}.")
+    return entry.front.hub
 
 
 def load_tokenizer_of(source: str | Path, config: HybridConfig) -> Tokenizer:
@@ -207,14 +173,38 @@ def load_tokenizer_of(source: str | Path, config: HybridConfig) -> Tokenizer:
     return load_tokenizer(path)
 
 
-def _shipped(folder: str) -> Path:
-    # a wheel holds these folders inside the package, a checkout beside it
-    inside = _PACKAGE / folder
-    return inside if inside.is_dir() else _PACKAGE.parent / folder
-
-
 def _entry(source: str | Path) -> ModelEntry | None:
     return next((e for e in list_models() if e.name == source), None)
+
+
+def _repository(source: str | Path, revision: str | None) -> str | None:
+    """`source` if it is no path here but owner/name of a repository."""
+    is_one = isinstance(source, str) and _REPOSITORY.fullmatch(source) is not None
+    # runs/tinny beside runs/tiny is a slip of the pen, not somebody's repository
+    if is_one and not Path(source).exists() and not Path(source).parent.is_dir():
+        return str(source)
+    if revision is not None:
+        raise ConfigError(
+            f"revision: {source} has none ({revision}); the hub's repositories have. Leave it out."
+        )
+    return None
+
+
+def _weights_of(entry: ModelEntry, revision: str | None) -> Path:
+    if entry.has_weights:
+        if revision is not None:
+            raise ConfigError(
+                f"revision: {entry.name} is in the package ({revision}); repositories on the hub "
+                "have revisions. Leave it out."
+            )
+        return entry.weights_path
+    if entry.front.hub is not None:
+        from hybridzoo.zoo.cache import cached
+
+        found = cached(entry.front.hub, revision)
+        if found is not None:
+            return found.path
+    raise ConfigError(_without_weights(entry))
 
 
 def _existing(source: str | Path) -> Path:
@@ -223,8 +213,8 @@ def _existing(source: str | Path) -> Path:
         return path
     if isinstance(source, Path) or os.sep in source or source.startswith("~"):
         raise ConfigError(
-            f"{source}: no such file or directory; a model is a name of the zoo or a checkpoint's "
-            "directory, and nothing is downloaded here. Check the path."
+            f"{source}: no such file or directory; a model is a name of the zoo, a checkpoint's "
+            "directory, or owner/name of a repository on the hub. Check the path."
         )
     names = [entry.name for entry in list_models()]
     raise ConfigError(
@@ -236,7 +226,7 @@ def _existing(source: str | Path) -> Path:
 def _without_weights(entry: ModelEntry) -> str:
     hub = entry.front.hub
     where = f"they are published at https://huggingface.co/{hub}" if hub else "none are published"
-    download = "Download them and pass their directory, or " if hub else ""
+    download = f"Run `hybridzoo download {entry.name}`, or " if hub else ""
     if Path(entry.name).is_dir():
         download = f"Write ./{entry.name} for the directory of that name, or "
     start = "build" if download else "Build"

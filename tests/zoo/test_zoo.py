@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import hybridzoo
-from hybridzoo import HybridConfig, HybridLM, list_models, load, zoo
+from hybridzoo import HybridConfig, HybridLM, list_models, load
 from hybridzoo.errors import CheckpointError, ConfigError
 from hybridzoo.tokenizer import ByteTokenizer
-from hybridzoo.zoo import find_config, load_tokenizer_of
+from hybridzoo.zoo import entries, find_config, load_tokenizer_of
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = {
@@ -45,8 +45,8 @@ def small_zoo(tmp_path, monkeypatch):
         (tmp_path / f"model_cards/{name}.md").write_text(CARD.format(name))
     large = tmp_path / "model_cards" / "large.md"
     large.write_text(large.read_text().replace("context: 512", "hub: them/Large-v1"))
-    monkeypatch.setattr(zoo, "_PACKAGE", tmp_path / "hybridzoo")
-    monkeypatch.setattr(zoo, "_WEIGHTS", tmp_path / "hybridzoo" / "zoo" / "weights")
+    monkeypatch.setattr(entries, "_PACKAGE", tmp_path / "hybridzoo")
+    monkeypatch.setattr(entries, "_WEIGHTS", tmp_path / "hybridzoo" / "zoo" / "weights")
     model = HybridLM(HybridConfig.from_dict(CONFIG), seed=3)
     model.save_pretrained(tmp_path / "hybridzoo/zoo/weights/small", dtype=torch.bfloat16)
     monkeypatch.chdir(tmp_path)
@@ -120,8 +120,8 @@ def test_name_without_weights_says_where_they_are_and_how_to_build_random_ones(s
     n = HybridConfig.load(path).n_params()
     assert str(caught.value) == (
         f"large: its weights do not ship with hybridzoo ({n:,} parameters, licence apache-2.0); "
-        "they are published at https://huggingface.co/them/Large-v1. Download them and pass their "
-        f"directory, or build it with random ones: HybridLM(HybridConfig.load({path!r}))."
+        "they are published at https://huggingface.co/them/Large-v1. Run `hybridzoo download "
+        f"large`, or build it with random ones: HybridLM(HybridConfig.load({path!r}))."
     )
     (small_zoo / "large").mkdir()
     with pytest.raises(ConfigError, match=r"Write \./large for the directory of that name, or bui"):
@@ -141,7 +141,9 @@ MISTAKES = {
         r"^'smal' is not a model of the zoo, nor a directory; did you mean small",
     ),
     "no name": ("", r"^'' is not a model of the zoo.*; `hybridzoo list` names all 2\. Use"),
-    "path": ("runs/none", r"^runs/none: no such file or directory; .*nothing is downloaded here"),
+    "path": ("./runs/none", r"^\./runs/none: no such file or directory; .*on the hub\. Check the"),
+    "path in a folder": ("configs/none", r"^configs/none: no such file or directory"),
+    "file": ("runs/none.yaml", r"^runs/none\.yaml: no such file or directory"),
     "path object": (Path("none"), r"^none: no such file or directory"),
     "config": (
         "configs/small.yaml",
