@@ -29,8 +29,20 @@ class Batch(TypedDict):
     max_seqlen: NotRequired[int]
 
 
+def sequence(batch: Batch) -> Sequence:
+    """What a batch's layers are told of it; they add their balance losses to its aux."""
+    cu_seqlens, max_seqlen = batch.get("cu_seqlens"), batch.get("max_seqlen")
+    length = batch["input_ids"].shape[1]
+    return Sequence.build(length, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, aux=[])
+
+
 def loss(
-    model: HybridLM, batch: Batch, n_targets: Tensor | int, *, max_logits: int = _MAX_LOGITS
+    model: HybridLM,
+    batch: Batch,
+    n_targets: Tensor | int,
+    *,
+    h: Tensor | None = None,
+    max_logits: int = _MAX_LOGITS,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """A batch's share of the loss of all `n_targets` labels of a step.
 
@@ -43,29 +55,26 @@ def loss(
         model: its own device holds the batch.
         batch: input_ids and labels, (b, l) int64, and perhaps cu_seqlens; labels -100 do not count.
         n_targets: valid labels of the step.
+        h: the residual stream, (b, l, d), where a pipeline stage before this one computed it.
         max_logits: logits computed at once, again in the backward; changes memory, not the value.
 
     Returns:
         The loss, a scalar that has a gradient; and "nats", the summed negative log-likelihood,
         "aux" and "n_targets" of this batch, scalars without one.
     """
-    ids, labels = batch["input_ids"], batch["labels"].flatten()
-    aux: list[Tensor] = []
-    ctx = Sequence.build(
-        ids.shape[1],
-        cu_seqlens=batch.get("cu_seqlens"),
-        max_seqlen=batch.get("max_seqlen"),
-        aux=aux,
-    )
-    hidden = model.hidden(ids, None, ctx).flatten(0, 1)  # (t, d)
+    labels, ctx = batch["labels"].flatten(), sequence(batch)
+    if h is None:
+        hidden = model.hidden(batch["input_ids"], None, ctx).flatten(0, 1)  # (t, d)
+    else:
+        hidden = model.finish(*model.stream(h, None, ctx)).flatten(0, 1)
     size = max(1, max_logits // model.config.vocab_size)
     nats = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-    for h, target in zip(hidden.split(size), labels.split(size), strict=True):
+    for tokens, target in zip(hidden.split(size), labels.split(size), strict=True):
         nats = nats + checkpoint(
-            _nats, model, h, target, use_reentrant=False, preserve_rng_state=False
+            _nats, model, tokens, target, use_reentrant=False, preserve_rng_state=False
         )
     n_here = (labels != IGNORE).sum()
-    extra = torch.stack(aux).sum() if aux else torch.zeros_like(nats)
+    extra = torch.stack(ctx.aux).sum() if ctx.aux else torch.zeros_like(nats)
     total = (nats + extra * n_here) / n_targets
     return total, {"nats": nats.detach(), "aux": extra.detach(), "n_targets": n_here}
 
