@@ -54,5 +54,5 @@ def recomputed(
     contexts = partial(create_selective_checkpoint_contexts, _KEPT[mode])
     h, delta, *aux = checkpoint(run, h, delta, use_reentrant=False, context_fn=contexts)
     if ctx.aux is not None:
-        ctx.aux += aux
+        ctx.aux.extend(aux)
     return h, delta

@@ -23,6 +23,8 @@ def why_not(model: HybridLM) -> str | None:
     if model.parallel.tp.world > 1:
         return "its tensor-parallel group may be of a backend that a graph cannot hold"
     for moe in (m for m in model.modules() if isinstance(m, MoE)):
+        if moe.parallel.ep.world > 1:
+            return "the exchange of expert parallelism reads its counts on the host"
         for name in ("expert_up_weight", "expert_down_weight"):
             matrices = moe.get_parameter(name)
             rows = matrices.new_empty(1, matrices.shape[2])

@@ -14,6 +14,7 @@ from hybridzoo.kernels.dispatch import autocast_dtype, no_autocast
 from hybridzoo.kernels.grouped_mm import grouped_mm
 from hybridzoo.layers import init
 from hybridzoo.layers.base import Layer, LayerConfig, Param, Sequence, State
+from hybridzoo.layers.exchange import Exchange, inverse
 from hybridzoo.layers.mlp import Activation, activate
 from hybridzoo.sharding import Cut, Part, Replicate, Split
 
@@ -154,6 +155,14 @@ class MoE(Layer):
     """sum_k w_k expert_k(x) + shared(x), or up(sum_k w_k expert_k(down(x))) + shared(x).
 
     Tokens are sorted by expert, so each expert is one matrix product.
+
+    Under expert parallelism (`parallel.ep`) each rank holds a contiguous range of the experts and
+    reads sequences of its own: tokens travel to their experts and back (layers/exchange.py), and
+    the host waits for the device once a forward, to read how many. Every rank of the axis must run
+    as many forwards as the others, in training and in generation; a rank may have no tokens. An
+    expert's gradients are those of all the axis's tokens, so they are summed over the
+    data-parallel ranks that hold the same experts, everything else's over all of dp. The balance
+    loss is each rank's own, over the tokens that it reads.
     """
 
     config: MoEConfig
@@ -236,16 +245,24 @@ class MoE(Layer):
         offsets = torch.searchsorted(expert, every, right=True).to(torch.int32)
         # autocast knows torch's own products only; without this the experts alone would stay fp32.
         dtype = autocast_dtype(tokens.device) or tokens.dtype
-        up_weight, down_weight = self.expert_up_weight.to(dtype), self.expert_down_weight.to(dtype)
-        up = grouped_mm(tokens[order // self.config.top_k].to(dtype), up_weight, offsets)
-        hidden = activate(up, self.config.activation, self.config.gated)
-        y = grouped_mm(hidden.to(dtype), down_weight, offsets)
+        rows = tokens[order // self.config.top_k].to(dtype)
+        if self.parallel.ep.world == 1:
+            y = self._products(rows, offsets)
+        else:
+            exchange = Exchange.plan(offsets, self.parallel.ep)
+            y = exchange.back(self._products(exchange.there(rows), exchange.offsets))
         # back through the inverse permutation and a sum over k: deterministic, unlike index_add on
         # a GPU.
-        rows = torch.arange(len(order), device=order.device)
-        back = torch.empty_like(order).scatter_(0, order, rows)
-        picked = y[back].unflatten(0, (-1, self.config.top_k))
+        picked = y[inverse(order)].unflatten(0, (-1, self.config.top_k))
         return (picked * weights[..., None].to(dtype)).sum(1)
+
+    def _products(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        up_weight, down_weight = (
+            w.to(rows.dtype) for w in (self.expert_up_weight, self.expert_down_weight)
+        )
+        up = grouped_mm(rows, up_weight, offsets)
+        hidden = activate(up, self.config.activation, self.config.gated)
+        return grouped_mm(hidden.to(rows.dtype), down_weight, offsets)
 
     def _balance(self, logits: Tensor, scores: Tensor, chosen: Tensor, ctx: Sequence) -> Tensor:
         real = None if ctx.pad_mask is None else ctx.pad_mask.flatten().to(scores.dtype)
