@@ -75,8 +75,7 @@ class Engine:
         n_targets = max(1, sum(int((b["labels"] != IGNORE).sum()) for b in batches))
         nats = aux = torch.zeros((), device=self.device)
         for batch in batches:
-            with self.precision():
-                share, metrics = loss(self.model, self.moved(batch), n_targets)
+            share, metrics = self._share(batch, n_targets)
             share.backward()
             nats = nats + metrics["nats"] / n_targets
             aux = aux + metrics["aux"] * metrics["n_targets"] / n_targets
@@ -101,8 +100,7 @@ class Engine:
         # eager: the last batch's shape would be compiled anew
         with torch.compiler.set_stance("force_eager"):
             for batch in batches:
-                with self.precision():
-                    _, metrics = loss(self.model, self.moved(batch), 1)
+                _, metrics = self._share(batch, 1)
                 nats += metrics["nats"].cpu()
                 count += int((batch["labels"] != IGNORE).sum())
         return nats.item(), count
@@ -113,7 +111,7 @@ class Engine:
 
         Every data-parallel rank asks for the same ones in the same order.
         """
-        yield self.params[name].detach()
+        yield self.model.get_parameter(name).detach()
 
     def read_slot(self, name: str, slot: str) -> Tensor:
         """What the optimizer remembers of a parameter, in its shape; zeros before any update.
@@ -132,6 +130,10 @@ class Engine:
         self.optimizer.state[parameter] = state
         self.n_updates = n_updates
 
+    def _share(self, batch: Batch, n_targets: Tensor | int) -> tuple[Tensor, dict[str, Tensor]]:
+        with self.precision():
+            return loss(self.model, self.moved(batch), n_targets)
+
     def precision(self) -> torch.autocast:
         """The forward's number format."""
         is_bf16 = self.recipe.precision == "bf16"
@@ -147,7 +149,10 @@ def initialize(model: HybridLM, recipe: Recipe) -> Engine:
     """The engine that trains a model, or this rank's part of one, as the recipe says."""
     if not torch.distributed.is_initialized():
         return Engine(model, recipe)
-    from hybridzoo.parallel.deepspeed import DataEngine, PipelineEngine
+    if model.parallel.pp.world == 1:
+        from hybridzoo.parallel.deepspeed import DataEngine
 
-    made = DataEngine if model.parallel.pp.world == 1 else PipelineEngine
-    return made(model, recipe)
+        return DataEngine(model, recipe)
+    from hybridzoo.parallel.pipeline import PipelineEngine
+
+    return PipelineEngine(model, recipe)
