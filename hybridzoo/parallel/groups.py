@@ -14,13 +14,8 @@ import torch.distributed as dist
 
 from hybridzoo.comm import SINGLE, Axis, Parallel
 from hybridzoo.errors import ConfigError
-
-# ours (torchrun's and deepspeed's too): what srun calls the same
-_SLURM = {
-    "RANK": "SLURM_PROCID",
-    "WORLD_SIZE": "SLURM_STEP_NUM_TASKS",
-    "LOCAL_RANK": "SLURM_LOCALID",
-}
+from hybridzoo.launcher import NAMES, is_launched, number
+from hybridzoo.parallel.agree import exchange
 
 
 def init(
@@ -59,7 +54,7 @@ def init(
         if not is_launched():
             _check_single(tp, pp, ep)
             return SINGLE
-        world = _number("WORLD_SIZE")
+        world = number("WORLD_SIZE")
         _check_layout(world, tp, pp, ep)
         _join(world, timedelta(seconds=timeout_s), device)
     world = dist.get_world_size()
@@ -78,21 +73,11 @@ def init(
 
 
 def finish() -> None:
-    """Leave torch.distributed, once all ranks are done; nothing in a process of its own."""
+    """Leave torch.distributed once every rank is here; nothing in a process of its own."""
     if dist.is_initialized():
+        # the first to leave may take the store along that the others still talk to
+        exchange(None)
         dist.destroy_process_group()
-
-
-def is_launched() -> bool:
-    """Whether torchrun, deepspeed or srun started this process as one of several ranks."""
-    return "RANK" in os.environ or os.environ.get(_SLURM["WORLD_SIZE"], "1") != "1"
-
-
-def rank() -> int:
-    """This process's number among all ranks; 0 in a process of its own."""
-    if dist.is_initialized():
-        return dist.get_rank()
-    return _number("RANK") if is_launched() else 0
 
 
 def _join(world: int, limit: timedelta, device: torch.device | str | None) -> None:
@@ -102,31 +87,20 @@ def _join(world: int, limit: timedelta, device: torch.device | str | None) -> No
                 f"parallel: {name} is not set; the ranks need the host and a free port of rank 0. "
                 "Export both, as in scripts/launch/slurm.sh, or start with torchrun."
             )
-    for name in _SLURM:
+    for name in NAMES:
         # torch.distributed and DeepSpeed read them
-        os.environ[name] = str(_number(name))
+        os.environ[name] = str(number(name))
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
     if kind == "cuda":
-        local, n_gpus = _number("LOCAL_RANK"), torch.cuda.device_count()
+        local, n_gpus = number("LOCAL_RANK"), torch.cuda.device_count()
         if local >= n_gpus:
             raise ConfigError(
-                f"parallel: rank {_number('RANK')} is process {local + 1} of this host, which has "
+                f"parallel: rank {number('RANK')} is process {local + 1} of this host, which has "
                 f"{n_gpus} GPUs; each rank needs its own. Start fewer ranks."
             )
         torch.cuda.set_device(local)
     backend = "nccl" if kind == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=_number("RANK"), world_size=world, timeout=limit)
-
-
-def _number(name: str) -> int:
-    found = name if name in os.environ else _SLURM[name]
-    text = os.environ.get(found, "")
-    if not text.isdecimal():
-        raise ConfigError(
-            f"parallel: {found} cannot be {text!r}; a launcher sets it to a number. Start with "
-            "torchrun, deepspeed or srun."
-        )
-    return int(text)
+    dist.init_process_group(backend, rank=number("RANK"), world_size=world, timeout=limit)
 
 
 def _axis(groups: Sequence[list[int]], limit: timedelta) -> Axis:

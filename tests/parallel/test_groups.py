@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from hybridzoo import launcher
 from hybridzoo.comm import SINGLE
 from hybridzoo.errors import ConfigError
-from hybridzoo.parallel import groups
-from hybridzoo.parallel.groups import init
+from hybridzoo.parallel import finish, init
 from tests import gloo
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -91,8 +91,8 @@ def test_sequence_parallel_means_nothing_without_tp():
 
 def test_without_a_launcher_there_is_one_rank():
     assert init() is SINGLE
-    assert groups.rank() == 0
-    groups.finish()
+    assert launcher.rank() == 0
+    finish()
 
 
 def test_without_a_launcher_more_ranks_name_the_command(monkeypatch):
@@ -114,7 +114,7 @@ def test_a_batch_script_of_slurm_is_one_process_and_its_steps_are_ranks(monkeypa
     monkeypatch.setenv("SLURM_NTASKS", "4")
     assert init() is SINGLE
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-    assert groups.is_launched()
+    assert launcher.is_launched()
     with pytest.raises(ConfigError, match="MASTER_ADDR is not set; the ranks need the host"):
         init()
 
@@ -146,23 +146,23 @@ print(f"rank {parallel.tp.rank} of {parallel.tp.world}: {total}, {dist.is_initia
 """
 
 
-def environment(launcher, rank, port):
+def environment(kind, rank, port):
     plain = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TORCHELASTIC"))}
-    if launcher == "srun":
+    if kind == "srun":
         plain |= {"SLURM_PROCID": rank, "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": rank}
     else:
         plain |= {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank}
     return plain | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "srun"])
-def test_two_processes_with_a_launchers_environment_find_each_other(launcher):
+@pytest.mark.parametrize("kind", ["deepspeed", "srun"])
+def test_two_processes_with_a_launchers_environment_find_each_other(kind):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM],
-            env=environment(launcher, str(rank), port),
+            env=environment(kind, str(rank), port),
             stdout=subprocess.PIPE,
             text=True,
         )
