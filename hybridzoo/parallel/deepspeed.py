@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hybridzoo.comm import Axis, Parallel
 from hybridzoo.model import HybridLM
-from hybridzoo.parallel import ds_config, optim
+from hybridzoo.parallel import ds_config, experts, optim
 from hybridzoo.parallel.engine import SLOTS, Engine, Outcome
 from hybridzoo.parallel.loss import IGNORE, Batch, loss
 from hybridzoo.parallel.recipe import Recipe
@@ -234,11 +234,13 @@ def load(device: torch.device) -> ModuleType:
 
 
 def tag(model: HybridLM) -> None:
-    """Mark which parameters DeepSpeed's norm counts on this rank, beside tp rank 0's.
+    """Mark experts, and which parameters DeepSpeed's norm counts on this rank beside tp rank 0's.
 
     A cut parameter counts on every rank, a whole one on the first. Of several ranks that hold one
     unit of a cut part (B/C groups, KV heads, n_groups < tp) the first counts.
     """
+    load(model.device)
+    experts.mark(model)
     tp = model.parallel.tp
     for _, declared, locals_ in model.local_names():
         cut = declared.cut
@@ -256,10 +258,16 @@ def is_counted(parameter: nn.Parameter, tp: Axis) -> bool:
 
 def global_norm(params: dict[str, nn.Parameter], parallel: Parallel) -> Tensor:
     """The norm of the whole model's reduced gradients, from tagged parameters, in fp64."""
-    grads = [p.grad for p in params.values() if is_counted(p, parallel.tp) and p.grad is not None]
-    # squares of what fp32 can just hold overflow it
-    square = nn.utils.get_total_norm(grads).double().square()
-    return over(parallel.tp, square).sqrt()
+    device = next(iter(params.values())).device
+    counted = [p for p in params.values() if is_counted(p, parallel.tp) and p.grad is not None]
+    shared, marked = (
+        nn.utils.get_total_norm([p.grad for p in counted if experts.is_marked(p) == is_marked])
+        # in fp64: the square of what fp32 can just hold overflows it
+        .to(device, torch.float64)
+        .square()
+        for is_marked in (False, True)
+    )
+    return over(parallel.tp, shared + over(parallel.ep, marked)).sqrt()
 
 
 def link_slots(zero: Any, stage: int) -> None:

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from hybridzoo.model import HybridLM
+from hybridzoo.parallel import experts
 from hybridzoo.parallel.recipe import Recipe
 
+# what a checkpoint calls the average of a parameter
+AVERAGE = ("average",)
 Groups = tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]
 
 
@@ -31,7 +34,10 @@ def decay_groups(model: HybridLM) -> Groups:
 
 
 def build_optimizer(model: HybridLM, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) over both groups; one fused kernel on CUDA."""
+    """AdamW (arXiv 1711.05101) over both groups; one fused kernel on CUDA.
+
+    Experts that ranks of ep share are in groups of their own.
+    """
     decayed, exempt = decay_groups(model)
     groups = [
         {"params": list(decayed.values()), "weight_decay": recipe.weight_decay},
@@ -39,7 +45,7 @@ def build_optimizer(model: HybridLM, recipe: Recipe) -> torch.optim.AdamW:
     ]
     is_fused = model.device.type == "cuda"
     return torch.optim.AdamW(
-        [g for g in groups if g["params"]],
+        experts.param_groups(model, [g for g in groups if g["params"]]),
         lr=recipe.lr,
         betas=recipe.betas,
         eps=recipe.adam_eps,
@@ -62,23 +68,6 @@ def lr_at(recipe: Recipe, step: int) -> float:
     return recipe.lr * (recipe.min_lr_ratio + (1 - recipe.min_lr_ratio) * left)
 
 
-def parse_state(optimizer: torch.optim.AdamW, names: list[str]) -> dict[str, Tensor]:
-    """The optimizer's tensors as `{parameter}:{slot}`; names in the order of the groups."""
-    state = optimizer.state_dict()["state"]
-    return {f"{names[i]}:{slot}": t for i, slots in state.items() for slot, t in slots.items()}
-
-
-def load_state(optimizer: torch.optim.AdamW, names: list[str], tensors: dict[str, Tensor]) -> None:
-    """Inverse of parse_state; a parameter that was never updated has no tensors."""
-    place = {name: i for i, name in enumerate(names)}
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, slot = key.rsplit(":", 1)
-        state.setdefault(place[name], {})[slot] = tensor
-    whole: dict[str, Any] = optimizer.state_dict()
-    optimizer.load_state_dict({**whole, "state": state})
-
-
 class Average:
     """Exponential moving average of the weights, fp32.
 
@@ -99,6 +88,14 @@ class Average:
         """Take in the weights after update number `n`, counted from 1."""
         weight = 1 - min(self.decay, (1 + n) / (10 + n))
         torch._foreach_lerp_(list(self.tensors.values()), list(self.params.values()), weight)
+
+    def read(self, name: str, slot: str) -> Tensor:
+        """The average of a parameter; `slot` is the one of AVERAGE."""
+        return self.tensors[name]
+
+    def write(self, name: str, values: dict[str, Tensor]) -> None:
+        """Set the average of a parameter, the one value of AVERAGE."""
+        self.tensors[name].copy_(*values.values())
 
     @contextmanager
     @torch.no_grad()
