@@ -1,0 +1,140 @@
+"""Expert parallelism under DeepSpeed: losses, gradients and their norm are those of one process."""
+
+import os
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+
+from hybridzoo.comm import SINGLE
+from hybridzoo.layers.init import seeded
+from hybridzoo.model import HybridLM
+from hybridzoo.parallel.engine import Engine, initialize
+from hybridzoo.parallel.groups import init
+from hybridzoo.parallel.recipe import DataRecipe, ParallelRecipe, Recipe
+from tests import gloo
+from tests.models import make_config, tiny
+
+LAYERS = {
+    "A": tiny("attention", n_kv_heads=2),
+    "E": tiny("moe", n_experts=8, n_expert_groups=4, d_ff=8),
+}
+CONFIG = make_config(pattern="A E A E", layers=LAYERS, shared={}, layers_at={})
+ACCUMULATE = 2
+
+
+def recipe(**spread):
+    """Two parts of two sequences a rank and step; the clipping is active."""
+    return Recipe(
+        model="", data=DataRecipe(source="", seq_len=6), output="", steps=20, lr=3e-3,
+        batch_size=2 * ACCUMULATE * spread.pop("dp"), accumulate=ACCUMULATE, clip_norm=0.2,
+        parallel=ParallelRecipe(**spread),
+    )  # fmt: skip
+
+
+def parts(step, dp_rank):
+    """A rank's parts of a step; their counts of labels differ."""
+    made = []
+    for i in range(ACCUMULATE):
+        generator = seeded(step, f"{dp_rank} {i}")
+        ids = torch.randint(23, (2, 7), generator=generator)
+        labels = ids[:, 1:].clone()
+        labels[:, : dp_rank + 2 * i] = -100
+        made.append({"input_ids": ids[:, :-1], "labels": labels})
+    return made
+
+
+@cache
+def laid_out(tp, ep, pp):
+    # which a launcher would have set
+    os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())
+    return init(tp=tp, ep=ep, pp=pp)
+
+
+def train(engine, reads, n_steps):
+    """Outcomes of the steps, AdamW's first moments after the first one, the weights at the end."""
+    seen = []
+    for step in range(n_steps):
+        batches = [b for dp_rank in reads for b in parts(step, dp_rank)]
+        seen.append(engine.step(batches, engine.recipe.lr))
+        if step == 0:
+            # (1 - beta_1) times the clipped gradient
+            moments = {k: engine.read_slot(k, "exp_avg").clone() for k in engine.params}
+    weights = {k: p.detach().clone() for k, p in engine.params.items()}
+    return seen, moments, weights
+
+
+def run_rank(_, given, n_steps, config=CONFIG):
+    spread = given.parallel
+    parallel = laid_out(spread.tp, spread.ep, spread.pp)
+    model = HybridLM(config, parallel=parallel, seed=5)
+    return train(initialize(model, given), [parallel.dp.rank], n_steps)
+
+
+def cut(config, tensors, spread, rank):
+    """What a rank (of dp and tp) holds of one process's tensors by canonical name."""
+    tp, ep = spread.tp, (rank // spread.tp) % spread.ep
+    mine = {}
+    for name, p in config.params():
+        if name in tensors:
+            n = p.shape[0] // spread.ep
+            full = tensors[name][ep * n : ep * n + n] if p.experts else tensors[name]
+            prefix, dot, last = name.rpartition(".layer.")
+            pieces = p.cut.shard(last, full, tp, rank % tp)
+            mine |= {prefix + dot + piece: tensor for piece, tensor in pieces.items()}
+    return mine
+
+
+def check(n_steps, config=CONFIG, **spread):
+    given = recipe(**spread)
+    dp = given.batch_size // 2 // ACCUMULATE
+    spread, world = given.parallel, dp * given.parallel.tp
+    ranks = gloo.run(world, run_rank, given, n_steps, config)
+    # one process takes the ranks' parts for parts of its batch
+    alone = replace(given, accumulate=dp * ACCUMULATE, parallel=ParallelRecipe())
+    engine = Engine(HybridLM(config, parallel=SINGLE, seed=5), alone)
+    seen, moments, weights = train(engine, range(dp), n_steps)
+    for rank, (their_seen, their_moments, their_weights) in enumerate(ranks):
+        for step, (got, expected) in enumerate(zip(their_seen, seen, strict=True)):
+            where = f"step {step} on rank {rank}"
+            # fp32: sums of a few thousand terms in another order
+            assert got.nats == pytest.approx(expected.nats, abs=1e-5), where
+            assert got.aux == pytest.approx(expected.aux, abs=1e-5), where
+            assert got.norm == pytest.approx(expected.norm, rel=1e-4), where
+            assert expected.norm > given.clip_norm
+            assert got.n_targets == expected.n_targets
+        same_cut(config, their_moments, moments, spread, rank, {"rtol": 1e-3, "atol": 1e-7})
+        # AdamW divides tiny gradients by their size, so their roundings count
+        same_cut(config, their_weights, weights, spread, rank, {"rtol": 1e-3, "atol": 2e-4})
+
+
+def same_cut(config, got, full, spread, rank, tolerance):
+    expected = cut(config, full, spread, rank)
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        where = f"{name} on rank {rank}"
+        torch.testing.assert_close(
+            got[name], tensor, msg=lambda m, w=where: f"{w}: {m}", **tolerance
+        )
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_two_ranks_train_as_one_process(zero_stage):
+    check(20, dp=2, ep=2, zero_stage=zero_stage)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "spread",
+    [
+        {"dp": 2, "ep": 2, "tp": 2, "zero_stage": 1},
+        {"dp": 2, "ep": 2, "tp": 2, "zero_stage": 0},
+        {"dp": 4, "ep": 2, "zero_stage": 2},
+        {"dp": 4, "ep": 2, "zero_stage": 0},
+        {"dp": 4, "ep": 4, "zero_stage": 1},
+    ],
+    ids=lambda spread: "-".join(f"{k}{v}" for k, v in spread.items()),
+)
+def test_four_ranks_train_as_one_process(spread):
+    check(20, **spread)
