@@ -53,20 +53,22 @@ class Block(nn.Module):
         parallelism both hold this rank's tokens, (b, l / tp, d).
         """
         if self.recompute != "none" and state is None and torch.is_grad_enabled():
-            return recomputed(self.recompute, self._forward, h, delta, ctx)
-        return self._forward(h, delta, state, ctx)
+            h, share = recomputed(self.recompute, self._share, h, delta, ctx)
+        else:
+            h, share = self._share(h, delta, state, ctx)
+        return h, F.dropout(self.parallel.leave(share), self.dropout, self.training)
 
-    def _forward(
+    def _share(
         self, h: Tensor, delta: Tensor | None, state: list[State] | None, ctx: Sequence
     ) -> tuple[Tensor, Tensor]:
+        """The stream with delta added, and this rank's share of what is to be added next."""
         x, h = self.normed(h, delta)
         x = self.parallel.enter(x)
         outs = []
         for i, (branch, layer) in enumerate(zip(self.place, self.layers(), strict=True)):
             y = layer(scaled(x, branch.config.input_multiplier), state[i] if state else None, ctx)
             outs.append(scaled(y, branch.config.output_multiplier))
-        delta = self.parallel.leave(sum(outs[1:], outs[0]))
-        return h, F.dropout(delta, self.dropout, self.training)
+        return h, sum(outs[1:], outs[0])
 
     def layers(self) -> list[Layer]:
         """One layer a branch, looked up each time: a module put in a layer's place is used."""

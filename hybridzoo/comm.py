@@ -47,6 +47,13 @@ class Axis:
         """
         return y if self.world == 1 else _SumOut.apply(y, self)
 
+    def share(self, x: Tensor) -> Tensor:
+        """1 / world of x, whose gradient passes unchanged: what each rank gives to a sum.
+
+        The sum's gradient is whole on every rank, and so is that of a term that all of them hold.
+        """
+        return x if self.world == 1 else _Share.apply(x, self)
+
     def sum_both(self, x: Tensor) -> Tensor:
         """Sum over ranks whose gradient is summed too: a statistic that each rank's share uses."""
         return self.copy_in(self.sum_out(x))
@@ -123,7 +130,8 @@ class Parallel:
         ep: expert parallelism: data-parallel ranks that hold different experts.
         pp: pipeline parallelism: ranks that hold different places of the stack.
         dp: data parallelism: ranks that read different sequences; ep is part of it.
-        sequence_parallel: between two blocks each tp rank keeps its share of the tokens alone.
+        sequence_parallel: between two blocks each tp rank keeps its share of the tokens alone, of
+            which it drops others than one rank would (dropout draws for the tokens it has).
     """
 
     tp: Axis = field(default_factory=Axis)
@@ -165,6 +173,16 @@ class _SumOut(torch.autograd.Function):
         return grads[0], None
 
 
+class _Share(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        return x / axis.world
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0], None
+
+
 class _GatherIn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
@@ -197,7 +215,10 @@ class _GatherOut(torch.autograd.Function):
             shape = list(y.shape)
             shape[dim] = longest - sizes[axis.rank]
             y = torch.cat([y, y.new_zeros(shape)], dim)
-        pieces = axis.all_gather(y, dim).split(longest, dim)
+        gathered = axis.all_gather(y, dim)
+        if min(sizes) == longest:
+            return gathered
+        pieces = gathered.split(longest, dim)
         return torch.cat([p.narrow(dim, 0, n) for p, n in zip(pieces, sizes, strict=True)], dim)
 
     @staticmethod

@@ -17,7 +17,7 @@ from hybridzoo.config import HybridConfig, branch_prefix
 from hybridzoo.errors import CheckpointError, ConfigError
 from hybridzoo.kernels.dispatch import autocast_dtype
 from hybridzoo.layers import Layer, Param, Sequence, State
-from hybridzoo.layers.embedding import VocabEmbedding
+from hybridzoo.layers.embedding import vocab_embedding
 from hybridzoo.layers.init import seeded
 from hybridzoo.layers.norm import stream_norm
 from hybridzoo.layers.state import check_shapes
@@ -52,18 +52,21 @@ class HybridLM(nn.Module):
         super().__init__()
         config.check_parallel(parallel)
         self.config, self.parallel = config, parallel
-        self.stage = range(len(config.places)) if stage is None else stage
+        self.stage = _checked(stage, len(config.places))
         self.is_first = self.stage.start == 0
         self.is_last = self.stage.stop == len(config.places)
         where = {"device": device, "dtype": dtype, "parallel": parallel}
         d, tp = config.d_model, parallel.tp
         self.vocab_range = config.vocab_ranges(tp.world)[tp.rank]
+        rows = len(self.vocab_range)
 
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
         rules = (partial(empty, d), config.norm_eps, config.norm_weight_fp32, parallel)
-        self.embed = self._embedding(empty) if self._needs_embedding() else None
+        self.embed = self.norm = self.head = None
+        if self.is_first or (self.is_last and config.tie_embeddings):
+            self.embed = vocab_embedding(empty(rows, d), self.vocab_range.start, tp)
         used = {b.shared for i in self.stage for b in config.places[i]}
         self.shared = nn.ModuleDict(
             {name: layer.build(d, **where) for name, layer in config.shared.items() if name in used}
@@ -74,28 +77,13 @@ class HybridLM(nn.Module):
             else None
             for i, place in enumerate(config.places)
         )
-        self.norm = self.head = None
         if self.is_last:
             self.norm = stream_norm(config.norm, *rules)
             # on meta first: a tied head needs no memory of its own
-            self.head = nn.Linear(d, len(self.vocab_range), bias=False, device="meta")
-            self.head.weight = (
-                self.embed.weight if config.tie_embeddings else empty(len(self.vocab_range), d)
-            )
+            self.head = nn.Linear(d, rows, bias=False, device="meta")
+            self.head.weight = self.embed.weight if config.tie_embeddings else empty(rows, d)
         if init and next(self.parameters()).device.type != "meta":
             self.init_weights(seed)
-
-    def _needs_embedding(self) -> bool:
-        return self.is_first or (self.is_last and self.config.tie_embeddings)
-
-    def _embedding(self, empty: Callable[..., nn.Parameter]) -> nn.Embedding:
-        made = nn.Embedding if self.parallel.tp.world == 1 else VocabEmbedding
-        # from_pretrained: no default draw, which init_weights or a loader would overwrite.
-        weight = empty(len(self.vocab_range), self.config.d_model)
-        embedding = made.from_pretrained(weight, freeze=False)
-        if isinstance(embedding, VocabEmbedding):
-            embedding.start = self.vocab_range.start
-        return embedding
 
     def forward(
         self,
@@ -137,7 +125,10 @@ class HybridLM(nn.Module):
         return self.logits(self.hidden(input_ids, state, ctx))
 
     def hidden(self, input_ids: Tensor, state: list[list[State]] | None, ctx: Sequence) -> Tensor:
-        """The final norm's output, (b, l, d)."""
+        """The final norm's output, (b, l, d), for this rank's head to read."""
+        self._check_whole()
+        if state is not None:
+            self.check_state()
         h = self.embedded(input_ids)
         return self.finish(*self.stream(h, state, replace(ctx, embed0=h)))
 
@@ -189,7 +180,25 @@ class HybridLM(nn.Module):
 
     def init_state(self, batch: int, max_len: int) -> list[list[State]]:
         """Empty states for `batch` sequences of at most `max_len` tokens, by block and branch."""
+        self.check_state()
         return [block.init_state(batch, max_len) for block in self.blocks]
+
+    def check_state(self) -> None:
+        """Raise ConfigError where this model cannot continue a state, so not generate either."""
+        self._check_whole()
+        if self.parallel.sequence_parallel and self.parallel.tp.world > 1:
+            raise ConfigError(
+                "sequence_parallel: no state can be continued with it; the ranks share a text's "
+                "tokens, and a step has one. Build the model without it to generate."
+            )
+
+    def _check_whole(self) -> None:
+        if not (self.is_first and self.is_last):
+            raise ConfigError(
+                f"stage: places {self.stage.start} to {self.stage.stop - 1} of "
+                f"{len(self.blocks)} give no logits; all stages together do. Build the model "
+                "without stage, or train it by parallel.engine.initialize."
+            )
 
     @property
     def device(self) -> torch.device:
@@ -282,3 +291,12 @@ class HybridLM(nn.Module):
         from hybridzoo.checkpoint import save
 
         save(self, directory, **options)
+
+
+def _checked(stage: range | None, n: int) -> range:
+    if stage is None:
+        return range(n)
+    if not stage or stage.step != 1 or stage.start < 0 or stage.stop > n:
+        rule = f"it is one or more places in a row, of 0 to {n - 1}"
+        raise ConfigError(f"stage: {stage} cannot be built; {rule}. Use pipeline.stages.")
+    return stage

@@ -5,41 +5,49 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from hybridzoo.layers import Sequence
 
-# mixer: all but what the projections and the ranks' sums gave; full: all but the router's picks.
+# mixer: all but what the projections and the ranks' collectives gave; full: all but the router's
+# picks and the ranks' sums, so that sequence parallelism gathers again what it would else keep.
 Recompute = Literal["none", "mixer", "full"]
 
-_aten = torch.ops.aten
+_aten, _c10d = torch.ops.aten, torch.ops._c10d_functional
 # which experts a token takes must not change between the two computations
 _PICKS = [_aten.topk.default, _aten.sort.stable]
-_SUMS = [
-    torch.ops._c10d_functional.all_reduce.default,
-    torch.ops._c10d_functional.all_gather_into_tensor.default,
-    torch.ops._c10d_functional.reduce_scatter_tensor.default,
-    torch.ops._c10d_functional.all_to_all_single.default,
-    torch.ops._c10d_functional.wait_tensor.default,
-]
-_PRODUCTS = [_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten._grouped_mm.default]
-_KEPT = {"mixer": _PICKS + _SUMS + _PRODUCTS, "full": _PICKS}
+# inside a layer they are small: Mamba-1's dt, B and C, squares of a norm
+ALL_REDUCES = [_c10d.all_reduce.default]
+# the block's input under sequence parallelism, and tokens that travelled to their experts
+_GATHERED = [_c10d.all_gather_into_tensor.default, _c10d.all_to_all_single.default]
+# not bmm: the scans' and attention's own products are what is computed again
+_PRODUCTS = [_aten.mm.default, _aten.addmm.default, _aten._grouped_mm.default]
+_KEPT = {
+    "mixer": [*_PICKS, *ALL_REDUCES, *_GATHERED, *_PRODUCTS],
+    "full": [*_PICKS, *ALL_REDUCES],
+}
 
 Forward = Callable[[Tensor, Tensor | None, None, Sequence], tuple[Tensor, Tensor]]
+
+
+def keeping(ops: list[OpOverload]) -> Callable[[], Any]:
+    """What torch's checkpoint takes as context_fn, to keep what these ops gave."""
+    return partial(create_selective_checkpoint_contexts, ops)
 
 
 def recomputed(
     mode: Recompute, forward: Forward, h: Tensor, delta: Tensor | None, ctx: Sequence
 ) -> tuple[Tensor, Tensor]:
-    """A block's (h, delta), of which the backward computes again what `mode` does not keep.
+    """What a block's `forward` returns; the backward computes again what `mode` does not keep.
 
     Args:
         mode: "mixer" or "full".
-        forward: a block's forward without state.
+        forward: without state and random numbers, of h, delta, no state and ctx.
         h: residual stream, (b, l, d).
         delta: what is still to be added to it, (b, l, d).
         ctx: the sequence; losses that the layers add reach ctx.aux once.
@@ -48,11 +56,17 @@ def recomputed(
     def run(h: Tensor, delta: Tensor | None) -> tuple[Tensor, ...]:
         # a list of its own: the second computation must not add its losses once more
         aux: list[Tensor] = []
-        h, delta = forward(h, delta, None, replace(ctx, aux=None if ctx.aux is None else aux))
-        return h, delta, *aux
+        h, share = forward(h, delta, None, replace(ctx, aux=None if ctx.aux is None else aux))
+        return h, share, *aux
 
-    contexts = partial(create_selective_checkpoint_contexts, _KEPT[mode])
-    h, delta, *aux = checkpoint(run, h, delta, use_reentrant=False, context_fn=contexts)
+    h, share, *aux = checkpoint(
+        run,
+        h,
+        delta,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=keeping(_KEPT[mode]),
+    )
     if ctx.aux is not None:
         ctx.aux.extend(aux)
-    return h, delta
+    return h, share

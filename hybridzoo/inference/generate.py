@@ -69,8 +69,8 @@ def generate(
         fewer where all rows ended before.
 
     Raises:
-        ConfigError: an argument is out of its range, and nothing has run; or the model computes
-            NaN for the prompt.
+        ConfigError: an argument is out of its range, or the model is a pipeline stage or
+            sequence-parallel, and nothing has run; or the model computes NaN for the prompt.
     """
     new = stream(
         model,
@@ -118,6 +118,7 @@ def stream(
         "repetition_penalty": repetition_penalty,
     }
     check_sampling(**sampling)
+    model.check_state()
     for name, count in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk)):
         if count is not None and count < 1:
             raise ConfigError(f"generate: {name} is {count}; it counts tokens, >= 1. Raise it.")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hybridzoo.comm import Axis
+
 
 class VocabEmbedding(nn.Embedding):
     """An Embedding of some of the vocabulary's rows; the ranks' outputs are summed.
@@ -21,3 +23,13 @@ class VocabEmbedding(nn.Embedding):
         return F.embedding(row.masked_fill(is_elsewhere, 0), self.weight).masked_fill(
             is_elsewhere[..., None], 0
         )
+
+
+def vocab_embedding(weight: nn.Parameter, start: int, axis: Axis) -> nn.Embedding:
+    """The embedding of the rows weight (v, d) of the vocabulary, from the token `start` on."""
+    # from_pretrained: no default draw, which init_weights or a loader would overwrite.
+    if axis.world == 1:
+        return nn.Embedding.from_pretrained(weight, freeze=False)
+    embedding = VocabEmbedding.from_pretrained(weight, freeze=False)
+    embedding.start = start
+    return embedding

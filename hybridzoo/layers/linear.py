@@ -9,7 +9,10 @@ from hybridzoo.comm import SINGLE, Axis
 
 
 class RankLinear(nn.Linear):
-    """A Linear that sums the gradients of what other ranks hold too: its bias, or all of it."""
+    """A Linear that all ranks hold whole, or whose outputs they sum, each with a share of its bias.
+
+    Gradients are summed of what sees a share of them only.
+    """
 
     axis, is_whole, gives_shares = SINGLE.tp, False, True
 
@@ -25,12 +28,12 @@ class RankLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., out), or this rank's share of it."""
-        held = {"weight": self.weight} if self.is_whole else {}
-        if self.bias is not None:
-            held["bias"] = self.bias
-        summed = self.axis.sum_grads(list(held.values()), [1] * len(held))
-        held = dict(zip(held, summed, strict=True))
-        weight, bias = held.get("weight", self.weight), held.get("bias")
+        weight, bias = self.weight, self.bias
         if bias is not None and self.gives_shares:
-            bias = bias / self.axis.world
+            bias = self.axis.share(bias)
+        elif bias is not None and self.is_whole:
+            weight, bias = self.axis.sum_grads([weight, bias], [1, 1])
+            return F.linear(input, weight, bias)
+        if self.is_whole:
+            (weight,) = self.axis.sum_grads([weight], [1])
         return F.linear(input, weight, bias)

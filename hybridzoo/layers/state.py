@@ -59,8 +59,8 @@ class Sequence:
             there is no state for it to enter.
         slots: (b,) integers, row of the state pool for each sequence; negative rows are computed
             and dropped.
-        embed0: (b, l, d) token embeddings, for kinds that read them again; under tensor
-            parallelism through copy_in, as the block's own input.
+        embed0: (b, l, d) token embeddings, for kinds that read them again; like the block's own
+            input through Parallel.enter.
         aux: losses that layers add (MoE balance); None when nobody collects them.
     """
 

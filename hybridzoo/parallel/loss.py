@@ -8,12 +8,14 @@ from typing import NotRequired, TypedDict
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
+from hybridzoo.comm import Axis
 from hybridzoo.kernels.cross_entropy import cross_entropy
 from hybridzoo.layers import Sequence
 from hybridzoo.layers.moe import MoE
 from hybridzoo.model import HybridLM
+from hybridzoo.recompute import ALL_REDUCES, keeping
 
 IGNORE = -100
 # logits at once: 128 MiB in fp32
@@ -67,12 +69,7 @@ def loss(
         hidden = model.hidden(batch["input_ids"], None, ctx).flatten(0, 1)  # (t, d)
     else:
         hidden = model.finish(*model.stream(h, None, ctx)).flatten(0, 1)
-    size = max(1, max_logits // model.config.vocab_size)
-    nats = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-    for tokens, target in zip(hidden.split(size), labels.split(size), strict=True):
-        nats = nats + checkpoint(
-            _nats, model, tokens, target, use_reentrant=False, preserve_rng_state=False
-        )
+    nats = _summed_nats(model, hidden, labels, max_logits)
     n_here = (labels != IGNORE).sum()
     extra = torch.stack(ctx.aux).sum() if ctx.aux else torch.zeros_like(nats)
     total = (nats + extra * n_here) / n_targets
@@ -99,7 +96,58 @@ def expert_loads(model: HybridLM) -> Iterator[dict[str, list[Tensor]]]:
             hook.remove()
 
 
+def _summed_nats(model: HybridLM, hidden: Tensor, labels: Tensor, max_logits: int) -> Tensor:
+    """Negative log-likelihood of labels (t,) after hidden (t, d), summed piece by piece."""
+    tp = model.parallel.tp
+    # as many pieces on every rank, however their vocabularies differ
+    size = max(1, max_logits // max(map(len, model.config.vocab_ranges(tp.world))))
+    # the backward computes a piece's logits again, but never a collective
+    contexts = noop_context_fn if tp.world == 1 else keeping(ALL_REDUCES)
+    nats = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    for tokens, target in zip(hidden.split(size), labels.split(size), strict=True):
+        piece = (_nats, model, tokens, target)
+        nats = nats + checkpoint(
+            *piece, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+        )
+    return nats
+
+
 def _nats(model: HybridLM, hidden: Tensor, labels: Tensor) -> Tensor:
     # the op gives a mean; a sum lets pieces of unequal counts add up
-    n = (labels != IGNORE).sum()
-    return cross_entropy(model.logits(hidden), labels, ignore_index=IGNORE) * n
+    n, logits, tp = (labels != IGNORE).sum(), model.local_logits(hidden), model.parallel.tp
+    if tp.world == 1:
+        return cross_entropy(logits, labels, ignore_index=IGNORE) * n
+    return cross_entropy_over(tp, logits, labels, start=model.vocab_range.start) * n
+
+
+def cross_entropy_over(
+    tp: Axis,
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    start: int,
+    ignore_index: int = IGNORE,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """What kernels.cross_entropy gives for all ranks' logits, from two small collectives.
+
+    Args:
+        tp: the ranks.
+        logits: (..., v), this rank's columns.
+        targets: (...), int64, over the whole vocabulary.
+        start: the id of this rank's first column.
+        ignore_index: as in the op.
+        z_loss: as in the op.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # of all ranks: no exp overflows, and one is 1
+    shifted = wide - (peak := tp.all_reduce(wide.detach().amax(-1), "max"))[..., None]
+    column = targets - start
+    is_elsewhere = (column < 0) | (column >= wide.shape[-1])
+    index = column.masked_fill(is_elsewhere, 0)[..., None]
+    target = shifted.gather(-1, index).squeeze(-1).masked_fill(is_elsewhere, 0)
+    total, target = tp.sum_out(torch.stack([shifted.exp().sum(-1), target]))
+    nats, is_valid = total.log() - target, targets != ignore_index
+    if z_loss:
+        nats = nats + z_loss * (total.log() + peak).square()
+    return nats.where(is_valid, 0).sum() / is_valid.sum().clamp(min=1)

@@ -6,8 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hybridzoo.comm import SINGLE
+from hybridzoo.kernels.cross_entropy import cross_entropy
 from hybridzoo.layers import Sequence
-from hybridzoo.parallel.loss import expert_loads, loss
+from hybridzoo.parallel.loss import _summed_nats, cross_entropy_over, expert_loads, loss
+from tests import gloo
+from tests.collectives import counted
+from tests.models import joined, make_config, make_model, pieces, randint
 from tests.train import runs
 
 
@@ -53,13 +58,13 @@ def test_loss_in_pieces_is_the_plain_loss(max_logits):
 
 def test_logits_never_exist_for_the_whole_batch(monkeypatch):
     model, data, sizes = runs.model(), batch(), []
-    logits = model.logits
+    logits = model.local_logits
 
     def watched(hidden):
         sizes.append(len(hidden))
         return logits(hidden)
 
-    monkeypatch.setattr(model, "logits", watched)
+    monkeypatch.setattr(model, "local_logits", watched)
     value, _ = loss(model, data, count(data), max_logits=10 * 260)
     value.backward()
     # 39 tokens forward, and again in the backward
@@ -115,3 +120,110 @@ def test_expert_loads_are_the_shares_of_picks():
         loss(model, data, 1)
     assert list(loads) == ["blocks.0.layer", "blocks.1.layer"]
     assert [load.tolist() for load in loads["blocks.0.layer"]] == [[0, 0.5, 0, 0.5]]
+
+
+def over_ranks(parallel, logits, targets, sizes, options):
+    """This rank's value and gradient of the cross-entropy of all ranks' columns."""
+    tp = parallel.tp
+    mine = logits.split(sizes, -1)[tp.rank].clone().requires_grad_()
+    options = options | {"start": sum(sizes[: tp.rank])}
+    value = cross_entropy_over(tp, mine, targets, **options)
+    (2 * value).backward()
+    return value.detach(), mine.grad
+
+
+# 17, 18 and 49: first and last columns of a rank; 0 and 52 the ends
+TARGETS = torch.tensor([[0, 17, 18, 52, -100], [49, 50, 33, 7, 18]])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"z_loss": 0.3}, {"ignore_index": 18}], ids=["plain", "z_loss", "ignored"]
+)
+@pytest.mark.parametrize("sizes", [(18, 35), (18, 15, 17, 3)], ids=str)
+def test_columns_on_ranks_cost_what_they_cost_together(sizes, options):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, 53, generator=generator, dtype=torch.float64) * 3
+    targets = TARGETS.where(TARGETS >= 0, options.get("ignore_index", -100))
+    whole = logits.clone().requires_grad_()
+    value = cross_entropy(whole, targets, **options)
+    (2 * value).backward()
+    ranks = gloo.run(len(sizes), over_ranks, logits, targets, sizes, options)
+    for rank_value, _ in ranks:
+        # float64: only the order of sums differs
+        torch.testing.assert_close(rank_value, value, rtol=1e-13, atol=1e-13)
+    grad = torch.cat([g for _, g in ranks], -1)
+    torch.testing.assert_close(grad, whole.grad, rtol=1e-12, atol=1e-14)
+
+
+def test_logits_far_from_zero_neither_overflow_nor_vanish():
+    # 1e4 apart: exp of either overflows or is 0 unless the maximum of all ranks is subtracted
+    logits = torch.tensor([[1e4, 0.0, -1e4, 9999.0], [-1e4, -1e4, -1e4, -1e4 + 1]])
+    targets = torch.tensor([3, 0])
+    for value, grad in gloo.run(2, over_ranks, logits, targets, (2, 2), {}):
+        # fp32 holds 1e4 to 1e-3
+        assert value.item() == pytest.approx(cross_entropy(logits, targets).item(), abs=1e-3)
+        assert grad.isfinite().all()
+
+
+def test_without_a_target_columns_on_ranks_cost_nothing():
+    targets = torch.full((2, 5), -100)
+    for value, grad in gloo.run(2, over_ranks, torch.randn(2, 5, 8), targets, (4, 4), {}):
+        assert value.item() == 0
+        assert not grad.any()
+
+
+def test_half_logits_are_summed_wide():
+    logits, targets = torch.randn(3, 64).bfloat16(), torch.tensor([1, 40, 63])
+    for value, _ in gloo.run(2, over_ranks, logits, targets, (32, 32), {}):
+        assert value.dtype == torch.float32
+        # fp32 sums of the same bf16 numbers
+        torch.testing.assert_close(value, cross_entropy(logits, targets), rtol=1e-6, atol=1e-6)
+
+
+def labelled(seed=0):
+    ids = randint(2, 13, seed=seed)
+    labels = ids[:, 1:].clone()
+    labels[0, 2:6] = -100
+    return {"input_ids": ids[:, :-1], "labels": labels}
+
+
+def spread_loss(parallel, change, max_logits):
+    """Loss, its parts and the gradients."""
+    model, data = make_model(make_config(**change), parallel), labelled()
+    value, metrics = loss(model, data, count(data), max_logits=max_logits)
+    value.backward()
+    return value.detach(), metrics, pieces(model, lambda p: p.grad)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+def test_ranks_compute_one_ranks_loss(world, tie):
+    # 23 ids: 11 + 12, and 5 + 6 + 6 + 6; 24 tokens in ragged pieces of 7
+    config = make_config(tie_embeddings=tie)
+    change, widest = {"tie_embeddings": tie}, max(map(len, config.vocab_ranges(world)))
+    value, metrics, grads = spread_loss(SINGLE, change, 1 << 25)
+    ranks = gloo.run(world, spread_loss, change, 7 * widest)
+    for rank_value, rank_metrics, _ in ranks:
+        torch.testing.assert_close(rank_value, value, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(rank_metrics, metrics, rtol=1e-12, atol=1e-12)
+    one = joined(config, [grads])
+    for name, grad in joined(config, [r[2] for r in ranks]).items():
+        torch.testing.assert_close(grad, one[name], rtol=1e-9, atol=1e-10, msg=name)
+
+
+def head_collectives(parallel):
+    """What the loss of 24 tokens in 4 pieces sends, beyond the hidden state."""
+    model, data = make_model(make_config(pattern="F", layers_at={}), parallel), labelled()
+    hidden = torch.randn(24, 16, dtype=torch.float64, requires_grad=True)
+    with counted() as forward:
+        value = _summed_nats(model, hidden, data["labels"].flatten(), 7 * 12)
+    with counted() as backward:
+        value.backward()
+    return forward, backward
+
+
+def test_a_piece_of_the_loss_is_two_small_collectives_and_none_is_repeated():
+    for forward, backward in gloo.run(2, head_collectives):
+        # the maximum and [sum of exp, target] of 7 + 7 + 7 + 3 tokens
+        assert forward == [("all_reduce", n) for t in (7, 7, 7, 3) for n in (t, 2 * t)]
+        assert backward == []
