@@ -15,7 +15,6 @@ import hashlib
 import json
 import re
 import threading
-import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -70,6 +69,13 @@ class Fault:
     then: object = None
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_):
+        """A client that hung up is what some faults are about."""
+
+
 class Hub:
     """The server; `requests` has a line "METHOD path" each, `faults` what goes wrong."""
 
@@ -79,10 +85,11 @@ class Hub:
         self.tokens, self.requests, self.faults = {TOKEN}, [], []
         # path -> what the listing says instead of the truth
         self.listed_oids: dict[str, str] = {}
+        # hears of each part of a file that is asked for, as "bytes=1000-"
+        self.on_range = lambda text: None
         self.lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"hub": self})
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.server.daemon_threads = True
+        self.server = _Server(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def __enter__(self):
@@ -135,7 +142,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.requests.append(f"{method} {self.where}")
             self.fault = self._next_fault(method)
         if self.fault:
-            time.sleep(self.fault.delay)
+            # not time.sleep, which a test may have taken away from the client
+            threading.Event().wait(self.fault.delay)
             if self.fault.then:
                 self.fault.then()
             if self.fault.status:
@@ -260,6 +268,7 @@ class _Handler(BaseHTTPRequestHandler):
         status, total = 200, len(content)
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if wanted:
+            self.hub.on_range(wanted[0])
             start = int(wanted[1])
             content, status = content[start:], 206
             headers["Content-Range"] = f"bytes {start}-{total - 1}/{total}"

@@ -6,7 +6,8 @@ its `__init__.py` too.
 
 Blocks of yaml are models: each is built on the meta device and written to `<its name>.yaml`. Blocks
 of python run one after the other in one namespace; each block of bash runs by itself. Either has a
-fresh folder that holds the yaml files, links to the repository's own files and `hybridzoo`.
+fresh folder that holds the yaml files, links to the repository's own files and `hybridzoo`. The hub
+is a loopback one that has a small model under the name of mamba-130m's repository.
 """
 
 import os
@@ -19,6 +20,8 @@ import pytest
 import yaml
 
 import hybridzoo
+from tests.families import tiny
+from tests.hub_server import TOKEN, Hub
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -85,12 +88,28 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def run(folder: Path, *command: str) -> None:
+@pytest.fixture
+def hub(tmp_path_factory):
+    """Variables that lead to a hub with a published Mamba and its tokenizer."""
+    from tokenizers import Tokenizer, models
+
+    directory = tiny("mamba", "plain", tmp_path_factory.mktemp("published") / "mamba").directory
+    tokenizer = Tokenizer(models.WordLevel({"?": 0, "space": 1, "state": 2}, unk_token="?"))
+    tokenizer.save(str(directory / "tokenizer.json"))
+    with Hub() as found:
+        files = {path.name: path.read_bytes() for path in directory.iterdir()}
+        found.add("state-spaces/mamba-130m-hf", files)
+        home = str(tmp_path_factory.mktemp("hf"))
+        yield {"HF_ENDPOINT": found.url, "HF_HOME": home, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
+
+
+def run(folder: Path, *command: str, **variables: str) -> None:
     environment = {
         **os.environ,
         "PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": "1",
+        **variables,
     }
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{command[-1]}\n{done.stdout}\n{done.stderr}"
@@ -114,12 +133,13 @@ def test_python_blocks_run(folder):
 
 
 @pytest.mark.parametrize("number", range(len(blocks_of("bash"))))
-def test_bash_blocks_run(folder, number):
+def test_bash_blocks_run(folder, hub, number):
     lines = blocks_of("bash")[number].splitlines()
     for script in re.findall(r"\bscripts/\S+", "\n".join(lines)):
         assert (ROOT / script).is_file(), script
     run(folder, "bash", "-n", "-c", "\n".join(lines))
-    run(folder, "bash", "-euo", "pipefail", "-c", "\n".join(x for x in lines if not SETUP.match(x)))
+    commands = "\n".join(x for x in lines if not SETUP.match(x))
+    run(folder, "bash", "-euo", "pipefail", "-c", commands, **hub)
 
 
 @pytest.mark.parametrize("script", ["scripts/quickstart.sh", "scripts/test.sh"])

@@ -123,10 +123,9 @@ def _network_error() -> type[Exception]:
 
 def _cause(error: BaseException | None) -> BaseException | None:
     """What really happened: the client says of much that no file is in its cache."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    while error is not None and error.__cause__ is not None:
-        if isinstance(error, HfHubHTTPError):
+    # of a network error the cause is another of the same
+    while error is not None and not isinstance(error, _network_error()):
+        if error.__cause__ is None:
             break
         error = error.__cause__
     return error
@@ -136,8 +135,9 @@ def _cause(error: BaseException | None) -> BaseException | None:
 def _sentences(repo: str, revision: str | None) -> Iterator[None]:
     try:
         yield
-    # KeyError, TypeError: an answer that lacks what the client takes for granted
-    except (OSError, ValueError, KeyError, TypeError, _network_error()) as error:
+    # KeyError, TypeError: an answer that lacks what the client takes for granted; RuntimeError: how
+    # it wraps what stops an upload
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, _network_error()) as error:
         cause = _cause(error)
         raise HubError(f"{repo}: {_sentence(cause or error, repo, revision)}") from error
 
@@ -160,8 +160,8 @@ def _sentence(error: BaseException, repo: str, revision: str | None) -> str:
         return f"no name of a repository ({error}); it is owner/name. Correct it."
     if isinstance(error, _network_error()):
         return (
-            f"{where} does not answer ({type(error).__name__}: {shown(str(error))}); a download "
-            "goes on where it stopped. Check the network and HF_ENDPOINT, and try again."
+            f"{where} does not answer, or stops ({type(error).__name__}: {shown(str(error))}); "
+            "whole files are kept. Check the network and HF_ENDPOINT, and try again."
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return (

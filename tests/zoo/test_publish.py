@@ -1,0 +1,214 @@
+"""Publishing: what goes up, to whom, and what never does."""
+
+import json
+import re
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from hybridzoo import HybridConfig, HybridLM, load
+from hybridzoo.errors import CheckpointError, HubError
+from hybridzoo.zoo.card import Card
+from hybridzoo.zoo.publish import publish, push
+from tests.zoo.conftest import CONFIG
+
+REPO = "org/small"
+SECRET = "hf_" + "aB3" * 12
+
+
+def test_it_is_private_unless_it_is_said(server, source):
+    assert publish(source, REPO).private
+    assert server.repos[REPO].private
+    assert not publish(source, "org/open", private=False).private
+    assert not server.repos["org/open"].private
+
+
+def test_public_repository_is_not_taken_for_a_private_one(server, source):
+    server.add(REPO, {"README.md": b"mine"}, private=False)
+    with pytest.raises(HubError, match=r"is public already; .* Pass --public \(private=False\)"):
+        publish(source, REPO)
+    assert server.files(REPO) == {"README.md": b"mine"}
+    publish(source, REPO, private=False)
+    server.repos[REPO].private = True
+    with pytest.warns(UserWarning, match="is private and stays so"):
+        assert publish(source, REPO, private=False).private
+
+
+def test_dry_run_says_all_and_asks_nobody(server, source, files, run):
+    (source / ".cache").mkdir()
+    code, out, err = run("publish", source, REPO, "--dry-run")
+    assert (code, err) == (0, "")
+    for name in files:
+        assert name in out
+    assert f"{REPO} (private): a dry run: nothing was uploaded" in out
+    assert "left out: .cache" in out
+    assert server.requests == []
+    (source / "README.md").unlink()
+    (source / "SHA256SUMS").unlink()
+    assert "README.md" in publish(source, REPO, dry_run=True, license="mit").files
+    assert not (source / "README.md").exists()
+
+
+PICKLES = dict.fromkeys(("a.bin", "b.PT", "c.pth", "d.pkl", "e.ckpt", "f.joblib"), b"weights")
+PICKLES |= {"weights.dat": b"\x80\x04\x95", "archive": b"PK\x03\x04"}
+
+
+@pytest.mark.parametrize("name", PICKLES)
+def test_pickle_stays_here(server, source, name):
+    (source / name).write_bytes(PICKLES[name])
+    with pytest.raises(CheckpointError, match=rf"{name}: a pickle"):
+        publish(source, REPO)
+    assert server.requests == []
+
+
+SECRETS = {
+    ".env": b"",
+    ".env.local": b"",
+    "token": b"",
+    "id_rsa": b"",
+    "server.pem": b"",
+    "credentials.json": b"{}",
+    "notes.md": f"a\nb {SECRET}\n".encode(),
+    "training_log.jsonl": json.dumps({"token": SECRET}).encode(),
+    "key.txt": b"\n-----BEGIN OPENSSH PRIVATE KEY-----\nAAAA\n",
+    "run.sh": b"\nexport AWS_ACCESS_KEY_ID=AKIAABCDEFGHIJKLMNOP",
+}
+LINES = {"notes.md": 2, "training_log.jsonl": 1, "key.txt": 2, "run.sh": 2}
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_secret_stays_here_and_out_of_the_sentence(server, source, run, name):
+    (source / name).write_bytes(SECRETS[name])
+    code, out, err = run("publish", source, REPO)
+    assert code == 2
+    where = f": line {LINES[name]} holds what looks like" if name in LINES else ": a name that sec"
+    assert f"{name}{where}" in err
+    assert err.count("\n") == 1
+    assert SECRET not in out + err
+    assert "AKIA" not in out + err
+    assert server.requests == []
+
+
+def test_model_that_fails_a_check_stays_here(server, source):
+    weights = source / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(
+        CheckpointError, match=r"^not published: .*SHA-256 is not that in SHA256SUMS"
+    ):
+        publish(source, REPO)
+    weights.write_bytes(content[:-8])
+    with pytest.raises(CheckpointError, match=r"^not published: .*model\.safetensors"):
+        publish(source, REPO)
+    weights.unlink()
+    (source / "golden.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"^not published: .*no weights"):
+        publish(source, REPO)
+    with pytest.raises(CheckpointError, match=r"^not published: nowhere: no such directory"):
+        publish("nowhere", REPO)
+    assert server.requests == []
+
+
+def test_card_says_the_licence_or_is_written(server, source):
+    (source / "README.md").write_text("# small\n")
+    (source / "SHA256SUMS").unlink()
+    with pytest.raises(CheckpointError, match=r"README\.md: no licence in its front matter"):
+        publish(source, REPO)
+    (source / "README.md").unlink()
+    with pytest.raises(CheckpointError, match=r"README\.md: missing; .* --license apache-2\.0"):
+        publish(source, REPO)
+    publish(source, REPO, license="mit")
+    card = Card.parse(server.files(REPO)["README.md"].decode())
+    assert card.front.license == "mit"
+    assert card.front.tags == ("attention", "mamba1")
+    assert f'load("{REPO}")' in card.body
+    # what is there is not written over
+    assert publish(source, REPO, license="apache-2.0").commit
+    assert Card.read(source / "README.md").front.license == "mit"
+
+
+def test_what_the_last_version_had_and_this_one_has_not_goes(server, source, tmp_path):
+    model = HybridLM(HybridConfig.from_dict(CONFIG), seed=6)
+    model.save_pretrained(tmp_path / "sharded", max_shard_bytes=12_000)
+    publish(tmp_path / "sharded", REPO, license="mit")
+    server.repos[REPO].commit({**server.files(REPO), "paper.pdf": b"mine"})
+    found = publish(source, REPO)
+    assert "model.safetensors.index.json" in found.removed
+    assert {n for n in server.files(REPO) if "safetensors" in n} == {
+        "model.safetensors",
+        "golden.safetensors",
+    }
+    assert server.files(REPO)["paper.pdf"] == b"mine"
+    assert torch.equal(load(REPO).embed.weight, load(source).embed.weight)
+
+
+def test_branch_is_made_and_main_stays(server, source, run):
+    publish(source, REPO)
+    before = server.repos[REPO].refs["main"]
+    (source / "NOTICE").write_text("another")
+    code, _, _ = run("publish", source, REPO, "--revision", "next")
+    assert code == 0
+    refs = server.repos[REPO].refs
+    assert refs["main"] == before != refs["next"]
+    assert load(REPO, revision="next").config.name == "small"
+
+
+FAULTS = {
+    "moved meanwhile": (
+        lambda server, patch: server.fail(
+            "POST", "/commit/", then=lambda: server.add(REPO, {"other": b""})
+        ),
+        r"changed while it was written to \(412\); nothing was published",
+    ),
+    "no token": (lambda server, patch: patch.delenv("HF_TOKEN"), r"\(401: .*[Ll]og in with|log in"),
+    "read-only token": (
+        lambda server, patch: server.fail("POST", "/commit/", status=403),
+        r"not allowed \(403",
+    ),
+    "offline": (
+        lambda server, patch: patch.setattr(constants, "HF_HUB_OFFLINE", True),
+        "HF_HUB_OFFLINE is set",
+    ),
+    "dead endpoint": (
+        lambda server, patch: patch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9"),
+        r"does not answer, or stops",
+    ),
+    "down": (
+        lambda server, patch: server.fail("POST", "/commit/", 99, status=503),
+        r"the hub is down \(503\)",
+    ),
+    "storage full": (
+        lambda server, patch: server.fail("PUT", "/lfs/", 99, status=507),
+        r"the hub refused \(507",
+    ),
+}
+
+
+@pytest.mark.parametrize("spoil, message", FAULTS.values(), ids=FAULTS)
+def test_fault_is_one_sentence_and_the_next_publication_is_whole(
+    server, source, files, run, waits, monkeypatch, spoil, message
+):
+    server.add(REPO, {"README.md": b"before"}, private=True)
+    with monkeypatch.context() as patch:
+        spoil(server, patch)
+        code, out, err = run("publish", source, REPO)
+    assert (code, out) == (2, "")
+    (sentence,) = [line for line in err.splitlines() if line.startswith("hybridzoo: ")]
+    assert re.search(message, sentence), sentence
+    assert "model.safetensors" not in server.files(REPO)
+    server.faults.clear()
+    publish(source, REPO)
+    assert {name: server.files(REPO)[name] for name in files} == files
+
+
+def test_busy_storage_is_tried_again(server, source, waits):
+    server.fail("PUT", "/lfs/", 2, status=503)
+    publish(source, REPO)
+    assert "model.safetensors" in server.files(REPO)
+
+
+def test_model_in_memory_is_published(server):
+    model = HybridLM(HybridConfig.from_dict(CONFIG), seed=7)
+    push(model, REPO, license="mit")
+    assert torch.equal(load(REPO).embed.weight, model.embed.weight)
