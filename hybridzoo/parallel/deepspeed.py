@@ -39,6 +39,7 @@ class DataEngine(Engine):
     def _setup(self) -> None:
         recipe, self.stage = self.recipe, self.recipe.parallel.zero_stage
         ds_config.check(recipe, torch.distributed.get_world_size(), self.model.config)
+        load(self.device)
         tag(self.model)
         self.engine, self.optimizer = start(
             Share(self), optim.build_optimizer(self.model, recipe), recipe, self.parallel
@@ -80,18 +81,21 @@ class DataEngine(Engine):
             # leaves weights and moments as they are where the norm is not finite
             self.engine.step()
             return float(self.engine.get_global_grad_norm())
-        # DeepSpeed neither gives a norm at stage 0 nor leaves such an update out
-        norm = global_norm(self.params, self.parallel)
-        if norm.isfinite():
-            limit = self.recipe.clip_norm
-            if limit is not None:
-                nn.utils.clip_grads_with_norm_(self.params.values(), limit, norm)
-        else:
-            # AdamW passes by a parameter without a gradient
-            self.engine.zero_grad()
-            norm = norm.new_tensor(torch.inf)
+        norm = self._clipped()
         self.engine.step()
         return norm.item()
+
+    def _clipped(self) -> Tensor:
+        """Clip stage 0's reduced gradients; the norm, infinite where they are dropped."""
+        # DeepSpeed neither gives a norm at stage 0 nor leaves such an update out
+        norm = global_norm(self.params, self.parallel)
+        if not norm.isfinite():
+            # AdamW passes by a parameter without a gradient
+            self.engine.zero_grad()
+            return norm.new_tensor(torch.inf)
+        if self.recipe.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.params.values(), self.recipe.clip_norm, norm)
+        return norm
 
     def _share(self, batch: Batch, n_targets: Tensor | int) -> tuple[Tensor, dict[str, Tensor]]:
         return self.engine(self.moved(batch), n_targets)
@@ -239,7 +243,6 @@ def tag(model: HybridLM) -> None:
     A cut parameter counts on every rank, a whole one on the first. Of several ranks that hold one
     unit of a cut part (B/C groups, KV heads, n_groups < tp) the first counts.
     """
-    load(model.device)
     experts.mark(model)
     tp = model.parallel.tp
     for _, declared, locals_ in model.local_names():
@@ -253,7 +256,9 @@ def tag(model: HybridLM) -> None:
 
 def is_counted(parameter: nn.Parameter, tp: Axis) -> bool:
     """Whether this rank counts a tagged parameter in the norm of all."""
-    return tp.rank == 0 or parameter.tensor_model_parallel
+    # a copy is what a pipeline stage before this one holds too
+    is_copy = getattr(parameter, "ds_pipe_replicated", False)
+    return not is_copy and (tp.rank == 0 or parameter.tensor_model_parallel)
 
 
 def global_norm(params: dict[str, nn.Parameter], parallel: Parallel) -> Tensor:
@@ -267,7 +272,7 @@ def global_norm(params: dict[str, nn.Parameter], parallel: Parallel) -> Tensor:
         .square()
         for is_marked in (False, True)
     )
-    return over(parallel.tp, shared + over(parallel.ep, marked)).sqrt()
+    return over(parallel.pp, over(parallel.tp, shared + over(parallel.ep, marked))).sqrt()
 
 
 def link_slots(zero: Any, stage: int) -> None:

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import replace
 from itertools import accumulate, pairwise
-from typing import Literal
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from hybridzoo.config import HybridConfig
 from hybridzoo.errors import ConfigError
+from hybridzoo.model import HybridLM
+from hybridzoo.parallel import ds_config, optim
+from hybridzoo.parallel.deepspeed import DataEngine, link_slots, load, over, tag
+from hybridzoo.parallel.engine import Engine, Outcome
+from hybridzoo.parallel.loss import IGNORE, Batch, loss, sequence
 
 Cut = tuple[int, int, tuple[int, ...]]
 
@@ -84,3 +95,193 @@ def _balanced(costs: Sequence[int], pp: int) -> tuple[int, ...]:
                 longer[stop] = min(cut, longer.get(stop, cut))
         best = longer
     return best[n][2]
+
+
+class PipelineEngine(DataEngine):
+    """Trains one stage of a model: DeepSpeed's 1F1B schedule over a step's parts, ZeRO 0 or 1.
+
+    Only the residual stream travels: every stage knows the batches, and what its layers add to the
+    loss gets its gradient there. What several stages hold (a tied embedding, shared layers) gets
+    the sum of their gradients, so the copies stay equal.
+
+    Args:
+        model: one stage; parameters that other stages hold too are the same there.
+        recipe: of the run.
+
+    Raises:
+        ConfigError: the ranks cannot run this recipe.
+    """
+
+    def _setup(self) -> None:
+        recipe, self.stage = self.recipe, self.recipe.parallel.zero_stage
+        ds_config.check(recipe, dist.get_world_size(), self.model.config)
+        deepspeed = load(self.device)
+        tag(self.model)
+        self.part, self._shape = _Part(self), torch.Size()
+        # a stream is sent whole: with sequence_parallel it differs between the ranks of tp
+        whole = {"pipeline": {"pipe_partitioned": False, "grad_partitioned": False}}
+        # it tells of seeds and topology on stdout, which is the caller's
+        with redirect_stdout(sys.stderr):
+            self.engine, made, *_ = deepspeed.initialize(
+                model=_piped(self.part),
+                optimizer=optim.build_optimizer(self.model, recipe),
+                config={**ds_config.build(recipe, self.parallel.dp.world), **whole},
+                dist_init_required=False,
+            )
+        self.optimizer = getattr(made, "optimizer", made)
+        if self.stage:
+            link_slots(made, self.stage)
+        else:
+            self.optimizer.register_step_pre_hook(self._clip)
+
+    def step(self, batches: Sequence[Batch], lr: float) -> Outcome:
+        """As Engine's; every rank has as many parts, of one shape, those of one dp the same."""
+        dp, moved = self.parallel.dp, [self.moved(b) for b in batches]
+        n_targets = over(dp, sum((b["labels"] != IGNORE).sum() for b in moved)).clamp(min=1)
+        if moved[0]["input_ids"].shape != self._shape:
+            # DeepSpeed keeps the memory that the stream is received in
+            self.engine.reset_activation_shape()
+            self._shape = moved[0]["input_ids"].shape
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        self.part.start(moved, n_targets)
+        self.engine.train_batch((b["input_ids"], b["labels"]) for b in moved)
+        if self.stage:
+            self.norm = torch.as_tensor(self.engine.get_global_grad_norm(), device=self.device)
+        sums = over(dp, over(self.parallel.pp, self.part.sums))
+        nats, aux, norm, n = torch.stack([*sums, self.norm, n_targets]).tolist()
+        is_applied = norm < torch.inf
+        self.n_updates += is_applied
+        return Outcome(nats, aux, norm, int(n), is_applied)
+
+    def _clip(self, *_: Any) -> None:
+        self.norm = self._clipped()
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
+        """As Engine's; every rank of one dp has the same batches, which may differ in shape."""
+        self.model.eval()
+        pp, sums = self.parallel.pp, torch.zeros(2, dtype=torch.float64, device=self.device)
+        for batch in map(self.moved, batches):
+            self.part.start([batch], 1)
+            x = batch["input_ids"]
+            if not self.model.is_first:
+                x = self._stream_like(x)
+                dist.recv(x, group=pp.group, group_src=pp.rank - 1)
+            # eager: the last batch's shape would be compiled anew
+            with torch.compiler.set_stance("force_eager"):
+                y = self.part(x)
+            if self.model.is_last:
+                sums += torch.stack([self.part.sums[0], (batch["labels"] != IGNORE).sum()])
+            else:
+                dist.send(y, group=pp.group, group_dst=pp.rank + 1)
+        nats, count = over(self.parallel.dp, over(pp, sums)).tolist()
+        return nats, int(count)
+
+    def _stream_like(self, ids: Tensor) -> Tensor:
+        """Memory for the residual stream that the stage before computed of ids (b, l)."""
+        model, (b, l) = self.model, ids.shape
+        dtype = model.blocks[model.stage.start].norm.weight.dtype
+        if model.config.residual_fp32:
+            dtype = torch.promote_types(dtype, torch.float32)
+        if self.parallel.sequence_parallel:
+            l //= self.parallel.tp.world
+        return torch.empty(b, l, model.config.d_model, dtype=dtype, device=self.device)
+
+
+class _Part(nn.Module):
+    """What DeepSpeed calls: a stage's ids or stream in, its stream or loss out."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        self.model, self._precision = engine.model, engine.precision
+        self._dp, self._n_parts = engine.parallel.dp.world, engine.recipe.accumulate
+
+    def start(self, batches: Iterable[Batch], n_targets: Tensor | int) -> None:
+        """The batches of the next forwards, in their order, and the labels of all ranks'."""
+        self._batches, self._n_targets = iter(batches), n_targets
+        # nats and aux of a label, of this stage
+        self.sums = torch.zeros(2, device=self.model.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Ids (b, l) or the stream (b, l, d) -> the stream, or the last stage's loss."""
+        model, batch = self.model, next(self._batches)
+        with self._precision():
+            h = model.embedded(x) if model.is_first else x
+            if model.is_last:
+                share, found = loss(model, batch, self._n_targets, h=h)
+                self._add(found["nats"], found["aux"] * found["n_targets"])
+                # one that is not finite makes the gradients so: no update
+                share = share * (1 + 0 * share.detach())
+                # DeepSpeed takes means over the data-parallel ranks and over a step's parts
+                return share * (self._dp * self._n_parts)
+            ctx = sequence(batch)
+            # what is sent are its bytes as they lie
+            h = model.flushed(*model.stream(h, None, ctx)).contiguous()
+        if not ctx.aux:
+            return h
+        aux = torch.stack(ctx.aux).sum() * (batch["labels"] != IGNORE).sum()
+        self._add(torch.zeros_like(aux), aux)
+        return _Carry.apply(h, aux / self._n_targets, self._dp)
+
+    def _add(self, nats: Tensor, aux: Tensor) -> None:
+        self.sums += torch.stack([nats, aux]).detach() / self._n_targets
+
+
+class _Carry(torch.autograd.Function):
+    """The stream h; when it gets its gradient, a loss of this stage gets `scale` as its own."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, loss: Tensor, scale: int) -> Tensor:
+        ctx.grad = scale + 0 * loss
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0], ctx.grad, None
+
+
+def _piped(part: _Part) -> nn.Module:
+    """The stage as DeepSpeed's module, of one layer a stage."""
+    from deepspeed.pipe import PipelineModule
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    parallel = part.model.parallel
+    pp, copies = parallel.pp, _copies(part.model)
+
+    class Piped(PipelineModule):  # type: ignore[misc]
+        def _partition_layers(self, method: str) -> None:
+            self.parts = list(range(pp.world + 1))
+            self._set_bounds(pp.rank, pp.rank + 1)
+
+        def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
+            return [(p, group) for p, group, _ in copies]
+
+    topology = PipeModelDataParallelTopology(pp.world, parallel.tp.world, parallel.dp.world)
+    module = Piped([part if i == pp.rank else None for i in range(pp.world)], topology=topology)
+    for parameter, _, is_first in copies:
+        # the norm counts one of the copies
+        parameter.ds_pipe_replicated = not is_first
+    return module
+
+
+def _copies(model: HybridLM) -> list[tuple[nn.Parameter, Any, bool]]:
+    """The trained parameters that other stages hold too, in one order on all of them.
+
+    Each with the group of its holders and whether this stage is the first of them. All ranks call
+    it, for all take part in making every group.
+    """
+    pp, mine = model.parallel.pp, {n: names for n, p, names in model.local_names() if p.trained}
+    held: list[list[str]] = [[] for _ in range(pp.world)]
+    dist.all_gather_object(held, list(mine), group=pp.group)
+    # a rank's number counts along (pp, dp, tp): one column a pipeline
+    ranks, groups, found = torch.arange(dist.get_world_size()).view(pp.world, -1), {}, []
+    for name, _ in model.config.params():
+        holders = tuple(i for i, names in enumerate(held) if name in names)
+        if len(holders) > 1 and holders not in groups:
+            made = [dist.new_group(column) for column in ranks[list(holders)].T.tolist()]
+            groups[holders] = made[dist.get_rank() % ranks.shape[1]]
+        if len(holders) > 1 and name in mine:
+            parameters = map(model.get_parameter, mine[name].values())
+            found += [(p, groups[holders], pp.rank == holders[0]) for p in parameters]
+    return found
