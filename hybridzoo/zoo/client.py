@@ -151,8 +151,8 @@ def _sentence(error: BaseException, repo: str, revision: str | None) -> str:
         return _refusal(error, repo, revision)
     if isinstance(error, errors.OfflineModeIsEnabled):
         return (
-            f"not asked for at {where} (HF_HUB_OFFLINE is set), and not in {constants.HF_HUB_CACHE}"
-            "; offline, only what was downloaded can be used. Unset it to download."
+            f"no such file or directory; as a repository it is not in {constants.HF_HUB_CACHE},"
+            f" and HF_HUB_OFFLINE is set: {where} is not asked. Check the path, or unset it."
         )
     if isinstance(error, errors.LocalTokenNotFoundError):
         return f"no token ({where}); the hub has to know who asks. Please {login}."

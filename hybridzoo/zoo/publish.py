@@ -210,6 +210,10 @@ def _upload(
 ) -> Published:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
+    if client.is_offline():
+        raise HubError(
+            f"{plan.repo}: HF_HUB_OFFLINE is set; to publish, the hub has to be asked. Unset it."
+        )
     repo, hub = plan.repo, client.api()
     client.ask(repo, revision, lambda: hub.create_repo(repo, private=plan.private, exist_ok=True))
     is_private = _check_visibility(hub, plan)

@@ -103,11 +103,11 @@ def test_card_of_published_weights_says_where_they_are_and_that_they_are_not_mea
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
-def test_card_means_a_directory_where_a_name_of_the_zoo_would_win(path):
+def test_card_means_its_own_model_where_it_writes_a_name_of_the_zoo(path):
     meant = r"hybridzoo (?:convert|generate) (\S+)|hybridzoo\.load\(\"([^\"]+)"
     found = {"".join(pair) for pair in re.findall(meant, path.read_text())}
     assert found
-    assert not found & {path.stem for path in CARDS}
+    assert found & {path.stem for path in CARDS} <= {path.stem}
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
@@ -116,14 +116,16 @@ def test_commands_of_a_card_follow_from_one_another(path):
     blocks = re.findall(r"```bash\n(.*?)```", card.body, re.DOTALL)
     there = set()
     for words in (shlex.split(line) for block in blocks for line in block.splitlines()):
-        if words[:2] == ["hf", "download"]:
-            assert words[2] == card.front.hub or words[3] == "tokenizer.json"
-            there.add(words[words.index("--local-dir") + 1])
+        if words[:2] == ["hybridzoo", "download"]:
+            assert words[2] == path.stem and words[3:] in ([], ["--pickle"])
+            there.add(words[2])
         elif words[:2] == ["hybridzoo", "convert"]:
-            assert words[2].removeprefix("./") in there and words[4:] == ["--from-pickle"]
+            assert words[2] in there and words[4:] == ["--from-pickle"]
             there.add(words[3])
+        elif words[:2] == ["hf", "download"]:
+            assert words[3:5] == ["tokenizer.json", "--local-dir"] and words[5] in there
         elif words[:2] == ["hybridzoo", "generate"]:
-            assert words[2].removeprefix("./") in there and words[3] == "--prompt"
+            assert words[2] in there and words[3] == "--prompt"
         else:
             assert words == ["hf", "auth", "login"]
 
