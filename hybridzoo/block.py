@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridzoo.config import Branch, HybridConfig
+from hybridzoo.kernels.dispatch import autocast_dtype
 from hybridzoo.layers import Layer, Sequence, State
 from hybridzoo.layers.norm import LayerNorm, RMSNorm
 from hybridzoo.recompute import Recompute, recomputed
@@ -62,12 +64,14 @@ class Block(nn.Module):
         self, h: Tensor, delta: Tensor | None, state: list[State] | None, ctx: Sequence
     ) -> tuple[Tensor, Tensor]:
         """The stream with delta added, and this rank's share of what is to be added next."""
-        x, h = self.normed(h, delta)
-        x = self.parallel.enter(x)
-        outs = []
-        for i, (branch, layer) in enumerate(zip(self.place, self.layers(), strict=True)):
-            y = layer(scaled(x, branch.config.input_multiplier), state[i] if state else None, ctx)
-            outs.append(scaled(y, branch.config.output_multiplier))
+        with _casting_each_time(h.device):
+            x, h = self.normed(h, delta)
+            x = self.parallel.enter(x)
+            outs = []
+            for i, (branch, layer) in enumerate(zip(self.place, self.layers(), strict=True)):
+                own = state[i] if state else None
+                y = layer(scaled(x, branch.config.input_multiplier), own, ctx)
+                outs.append(scaled(y, branch.config.output_multiplier))
         return h, sum(outs[1:], outs[0])
 
     def layers(self) -> list[Layer]:
@@ -96,3 +100,15 @@ class Block(nn.Module):
 def scaled(x: Tensor, multiplier: float) -> Tensor:
     """X times a multiplier, which is usually 1."""
     return x if multiplier == 1.0 else x * multiplier
+
+
+def _casting_each_time(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast, if the caller is under it, without its cache of cast weights.
+
+    The places of a shared weight would add their gradients to one cast copy, in half precision; and
+    a backward that computes a block again would find the cache empty, so other ops than before.
+    """
+    dtype = autocast_dtype(device)
+    if dtype is None:
+        return nullcontext()
+    return torch.autocast(device.type, dtype, cache_enabled=False)

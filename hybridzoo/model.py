@@ -127,8 +127,6 @@ class HybridLM(nn.Module):
     def hidden(self, input_ids: Tensor, state: list[list[State]] | None, ctx: Sequence) -> Tensor:
         """The final norm's output, (b, l, d), for this rank's head to read."""
         self._check_whole()
-        if state is not None:
-            self.check_state()
         h = self.embedded(input_ids)
         return self.finish(*self.stream(h, state, replace(ctx, embed0=h)))
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from hybridzoo.layers import Sequence
@@ -22,22 +21,14 @@ _aten, _c10d = torch.ops.aten, torch.ops._c10d_functional
 # which experts a token takes must not change between the two computations
 _PICKS = [_aten.topk.default, _aten.sort.stable]
 # inside a layer they are small: Mamba-1's dt, B and C, squares of a norm
-ALL_REDUCES = [_c10d.all_reduce.default]
+_SUMS = [_c10d.all_reduce.default]
 # the block's input under sequence parallelism, and tokens that travelled to their experts
 _GATHERED = [_c10d.all_gather_into_tensor.default, _c10d.all_to_all_single.default]
 # not bmm: the scans' and attention's own products are what is computed again
 _PRODUCTS = [_aten.mm.default, _aten.addmm.default, _aten._grouped_mm.default]
-_KEPT = {
-    "mixer": [*_PICKS, *ALL_REDUCES, *_GATHERED, *_PRODUCTS],
-    "full": [*_PICKS, *ALL_REDUCES],
-}
+_KEPT = {"mixer": [*_PICKS, *_SUMS, *_GATHERED, *_PRODUCTS], "full": [*_PICKS, *_SUMS]}
 
 Forward = Callable[[Tensor, Tensor | None, None, Sequence], tuple[Tensor, Tensor]]
-
-
-def keeping(ops: list[OpOverload]) -> Callable[[], Any]:
-    """What torch's checkpoint takes as context_fn, to keep what these ops gave."""
-    return partial(create_selective_checkpoint_contexts, ops)
 
 
 def recomputed(
@@ -59,13 +50,14 @@ def recomputed(
         h, share = forward(h, delta, None, replace(ctx, aux=None if ctx.aux is None else aux))
         return h, share, *aux
 
+    contexts = partial(create_selective_checkpoint_contexts, _KEPT[mode])
     h, share, *aux = checkpoint(
         run,
         h,
         delta,
         use_reentrant=False,
         preserve_rng_state=False,
-        context_fn=keeping(_KEPT[mode]),
+        context_fn=contexts,
     )
     if ctx.aux is not None:
         ctx.aux.extend(aux)

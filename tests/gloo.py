@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from hybridzoo.comm import Axis, Parallel
 
-TIMEOUT_S = 60
+TIMEOUT_S = 180
 
 _pools: dict[int, "_Pool"] = {}
 

@@ -1,10 +1,12 @@
 """A small model with every kind, parallel places, shared weights and overrides."""
 
+from dataclasses import replace
+
 import torch
 
 from hybridzoo.comm import SINGLE
 from hybridzoo.config import HybridConfig
-from hybridzoo.layers import kind_config
+from hybridzoo.layers import Sequence, kind_config
 from hybridzoo.layers.init import seeded
 from hybridzoo.model import HybridLM
 
@@ -84,3 +86,49 @@ def joined(config, ranks):
 
 def randint(*shape, high=23, seed=0):
     return torch.randint(high, shape, generator=seeded(seed, str(shape)))
+
+
+def run_modes(parallel, configs, sequence_parallel=False):
+    """Of each config, logits by mode and gradients of all modes together: plain, padded, packed."""
+    parallel = replace(parallel, sequence_parallel=sequence_parallel)
+    mask = torch.ones(2, 12)
+    mask[0, :5] = 0
+    pack = {"cu_seqlens": torch.tensor([0, 5, 6, 12], dtype=torch.int32), "max_seqlen": 6}
+    modes = {
+        "plain": (randint(2, 12), {}),
+        "padded": (randint(2, 12, seed=1), {"attention_mask": mask}),
+        "packed": (randint(1, 12, seed=2), pack),
+    }
+    found = []
+    for config in configs:
+        model, logits, loss = make_model(config, parallel), {}, 0
+        for mode, (ids, options) in modes.items():
+            ctx = Sequence.build(12, aux=[], **options)
+            logits[mode] = model.logits(model.hidden(ids, None, ctx))
+            w = torch.randn(logits[mode].shape, generator=seeded(3, mode), dtype=torch.float64)
+            loss = loss + (logits[mode] * w).sum() + sum(ctx.aux)
+        loss.backward()
+        logits = {mode: t.detach() for mode, t in logits.items()}
+        with torch.no_grad():
+            for mode, (ids, options) in modes.items():
+                logits[f"{mode}, no grad"] = model(ids, **options)
+        found.append((logits, pieces(model, lambda p: p.grad)))
+    return found
+
+
+def assert_modes_equal(ranks, one, configs, **tolerance):
+    """Every rank's logits, and the gradients that all ranks' make together, are one process's."""
+    for i, config in enumerate(configs):
+        logits, grads = one[i]
+        for rank in ranks:
+            for mode, tensor in rank[i][0].items():
+                where = f"{config.pattern} {mode}"
+                torch.testing.assert_close(
+                    tensor, logits[mode], **tolerance, msg=lambda m, w=where: f"{w}: {m}"
+                )
+        whole = joined(config, [grads])
+        for name, grad in joined(config, [rank[i][1] for rank in ranks]).items():
+            assert grad.any(), name
+            torch.testing.assert_close(
+                grad, whole[name], **tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            )

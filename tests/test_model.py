@@ -15,7 +15,17 @@ from hybridzoo.layers.init import seeded
 from hybridzoo.model import HybridLM
 from hybridzoo.sharding import Replicate
 from tests import gloo
-from tests.models import OPTIONS, joined, make_config, make_model, pieces, randint, tiny
+from tests.models import (
+    OPTIONS,
+    assert_modes_equal,
+    joined,
+    make_config,
+    make_model,
+    pieces,
+    randint,
+    run_modes,
+    tiny,
+)
 
 # float64: far above its rounding, far below any mistake
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-10}
@@ -37,18 +47,6 @@ def loss_and_aux(model, ids, ctx):
     return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()) + sum(ctx.aux)
 
 
-def run_model(parallel, ids, change):
-    """Logits, loss and gradients, with padding in the first row."""
-    model = make_model(make_config(**change), parallel)
-    mask = torch.ones(ids.shape[0], ids.shape[1] - 1)
-    mask[0, :3] = 0
-    loss = loss_and_aux(model, ids, Sequence.build(ids.shape[1] - 1, attention_mask=mask, aux=[]))
-    loss.backward()
-    with torch.no_grad():
-        logits = model(ids)
-    return logits, loss.detach(), pieces(model, lambda p: p.grad)
-
-
 def train(parallel, n_steps, change):
     """Joinable parameters after n_steps of AdamW from the seeded start."""
     model = HybridLM(make_config(**change), seed=5, parallel=parallel, dtype=torch.float64)
@@ -62,20 +60,13 @@ def train(parallel, n_steps, change):
     return pieces(model, torch.Tensor.detach), loss.item()
 
 
-@pytest.mark.parametrize("change", [{}, ALL_NEW], ids=["plain", "published"])
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "sequence"])
 @pytest.mark.parametrize("world", [2, 4])
-def test_ranks_compute_one_ranks_model(world, change):
-    ids = randint(2, 12)
-    logits, loss, grads = run_model(SINGLE, ids, change)
-    ranks = gloo.run(world, run_model, ids, change)
-    for rank_logits, rank_loss, _ in ranks:
-        assert_close(rank_logits, logits, "logits")
-        assert_close(rank_loss, loss, "loss")
-    config = make_config(**change)
-    one = joined(config, [grads])
-    for name, grad in joined(config, [r[2] for r in ranks]).items():
-        assert grad.any(), name
-        assert_close(grad, one[name], name)
+def test_ranks_compute_one_ranks_model(world, sequence_parallel):
+    # 23 ids, which neither 2 nor 4 divides
+    configs = [make_config(), make_config(**ALL_NEW, tie_embeddings=True)]
+    ranks = gloo.run(world, run_modes, configs, sequence_parallel)
+    assert_modes_equal(ranks, run_modes(SINGLE, configs), configs, **TOLERANCE)
 
 
 @pytest.mark.parametrize(

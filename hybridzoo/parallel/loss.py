@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NotRequired, TypedDict
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 
-from hybridzoo.comm import Axis
 from hybridzoo.kernels.cross_entropy import cross_entropy
 from hybridzoo.layers import Sequence
 from hybridzoo.layers.moe import MoE
 from hybridzoo.model import HybridLM
-from hybridzoo.recompute import ALL_REDUCES, keeping
 
 IGNORE = -100
 # logits at once: 128 MiB in fp32
@@ -97,57 +96,35 @@ def expert_loads(model: HybridLM) -> Iterator[dict[str, list[Tensor]]]:
 
 
 def _summed_nats(model: HybridLM, hidden: Tensor, labels: Tensor, max_logits: int) -> Tensor:
-    """Negative log-likelihood of labels (t,) after hidden (t, d), summed piece by piece."""
+    """Negative log-likelihood of labels (t,) after hidden (t, d), summed.
+
+    The backward computes each piece's logits again; the ranks send nothing for it.
+    """
     tp = model.parallel.tp
-    # as many pieces on every rank, however their vocabularies differ
     size = max(1, max_logits // max(map(len, model.config.vocab_ranges(tp.world))))
-    # the backward computes a piece's logits again, but never a collective
-    contexts = noop_context_fn if tp.world == 1 else keeping(ALL_REDUCES)
-    nats = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-    for tokens, target in zip(hidden.split(size), labels.split(size), strict=True):
-        piece = (_nats, model, tokens, target)
-        nats = nats + checkpoint(
-            *piece, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
-        )
-    return nats
+    run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    pieces = zip(hidden.split(size), labels.split(size), strict=True)
+    if tp.world == 1:
+        return torch.stack([run(_nats, model, *piece) for piece in pieces]).sum()
+    lse, logit = torch.cat([run(_own_columns, model, *piece) for piece in pieces], 1)
+    # of all ranks: no exp overflows, and one is 1
+    largest = tp.all_reduce(lse.detach(), "max")
+    total, logit = tp.sum_out(torch.stack([(lse - largest).exp(), logit]))
+    return (total.log() + largest - logit).where(labels != IGNORE, 0).sum()
 
 
 def _nats(model: HybridLM, hidden: Tensor, labels: Tensor) -> Tensor:
     # the op gives a mean; a sum lets pieces of unequal counts add up
-    n, logits, tp = (labels != IGNORE).sum(), model.local_logits(hidden), model.parallel.tp
-    if tp.world == 1:
-        return cross_entropy(logits, labels, ignore_index=IGNORE) * n
-    return cross_entropy_over(tp, logits, labels, start=model.vocab_range.start) * n
+    n = (labels != IGNORE).sum()
+    return cross_entropy(model.local_logits(hidden), labels, ignore_index=IGNORE) * n
 
 
-def cross_entropy_over(
-    tp: Axis,
-    logits: Tensor,
-    targets: Tensor,
-    *,
-    start: int,
-    ignore_index: int = IGNORE,
-    z_loss: float = 0.0,
-) -> Tensor:
-    """What kernels.cross_entropy gives for all ranks' logits, from two small collectives.
-
-    Args:
-        tp: the ranks.
-        logits: (..., v), this rank's columns.
-        targets: (...), int64, over the whole vocabulary.
-        start: the id of this rank's first column.
-        ignore_index: as in the op.
-        z_loss: as in the op.
-    """
+def _own_columns(model: HybridLM, hidden: Tensor, labels: Tensor) -> Tensor:
+    """(2, t): log-sum-exp of this rank's logits, and the label's logit, 0 where another has it."""
+    logits = model.local_logits(hidden)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    # of all ranks: no exp overflows, and one is 1
-    shifted = wide - (peak := tp.all_reduce(wide.detach().amax(-1), "max"))[..., None]
-    column = targets - start
+    column = labels - model.vocab_range.start
     is_elsewhere = (column < 0) | (column >= wide.shape[-1])
     index = column.masked_fill(is_elsewhere, 0)[..., None]
-    target = shifted.gather(-1, index).squeeze(-1).masked_fill(is_elsewhere, 0)
-    total, target = tp.sum_out(torch.stack([shifted.exp().sum(-1), target]))
-    nats, is_valid = total.log() - target, targets != ignore_index
-    if z_loss:
-        nats = nats + z_loss * (total.log() + peak).square()
-    return nats.where(is_valid, 0).sum() / is_valid.sum().clamp(min=1)
+    logit = wide.gather(-1, index).squeeze(-1).masked_fill(is_elsewhere, 0)
+    return torch.stack([wide.logsumexp(-1), logit])

@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from hybridzoo.comm import SINGLE
+from hybridzoo.config import HybridConfig
 from hybridzoo.errors import ConfigError
+from hybridzoo.layers import KINDS
 from hybridzoo.layers.norm import GatedRMSNorm
 from tests import gloo
 from tests.layers.cases import CASES, D_MODEL, VARIANTS, full_weights, randn
 from tests.layers.tp import joined, local_state, run_aux, run_init, run_layer
+from tests.models import assert_modes_equal, run_modes
 
 # float64: sums over ranks differ from one rank's in order only
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-10}
@@ -64,6 +67,23 @@ def test_a_norm_across_ranks_rounds_as_on_one_rank():
     y, z = y.sign(), z[..., 0]
     one = run_gated_norm(SINGLE, y, z, weight)
     assert torch.equal(torch.cat(gloo.run(2, run_gated_norm, y, z, weight), -1), one)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_sequence_parallel_ranks_compute_one_ranks_model(kind, world):
+    # two blocks, so that a stream of one rank's tokens passes between them
+    layers = [run.values[0] for run in runs() if run.values[1] == world]
+    norms = {"norm": "layer_norm" if kind in ("mamba1", "moe") else "rms_norm"}
+    configs = [
+        HybridConfig(
+            d_model=D_MODEL, vocab_size=23, pattern="LL", layers={"L": c.to_dict()}, **norms
+        )
+        for c in layers
+        if c.kind == kind
+    ]
+    ranks = gloo.run(world, run_modes, configs, True)
+    assert_modes_equal(ranks, run_modes(SINGLE, configs), configs, **TOLERANCE)
 
 
 @every_run

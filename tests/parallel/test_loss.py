@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from hybridzoo.comm import SINGLE
-from hybridzoo.kernels.cross_entropy import cross_entropy
 from hybridzoo.layers import Sequence
-from hybridzoo.parallel.loss import _summed_nats, cross_entropy_over, expert_loads, loss
+from hybridzoo.parallel.loss import _summed_nats, expert_loads, loss
 from tests import gloo
 from tests.collectives import counted
 from tests.models import joined, make_config, make_model, pieces, randint
@@ -122,32 +121,29 @@ def test_expert_loads_are_the_shares_of_picks():
     assert [load.tolist() for load in loads["blocks.0.layer"]] == [[0, 0.5, 0, 0.5]]
 
 
-def over_ranks(parallel, logits, targets, sizes, options):
-    """This rank's value and gradient of the cross-entropy of all ranks' columns."""
-    tp = parallel.tp
-    mine = logits.split(sizes, -1)[tp.rank].clone().requires_grad_()
-    options = options | {"start": sum(sizes[: tp.rank])}
-    value = cross_entropy_over(tp, mine, targets, **options)
+def over_ranks(parallel, logits, targets, sizes):
+    """This rank's value and gradient of the loss of all ranks' columns, which it gets whole."""
+    model = make_model(make_config(vocab_size=sum(sizes), pattern="F", layers_at={}), parallel)
+    model.vocab_range = range(sum(sizes))[sum(sizes[: parallel.tp.rank]) :][
+        : sizes[parallel.tp.rank]
+    ]
+    model.local_logits = lambda hidden: hidden
+    mine = logits.split(sizes, -1)[parallel.tp.rank].clone().requires_grad_()
+    value = _summed_nats(model, mine, targets, 1 << 25)
     (2 * value).backward()
     return value.detach(), mine.grad
 
 
-# 17, 18 and 49: first and last columns of a rank; 0 and 52 the ends
-TARGETS = torch.tensor([[0, 17, 18, 52, -100], [49, 50, 33, 7, 18]])
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"z_loss": 0.3}, {"ignore_index": 18}], ids=["plain", "z_loss", "ignored"]
-)
 @pytest.mark.parametrize("sizes", [(18, 35), (18, 15, 17, 3)], ids=str)
-def test_columns_on_ranks_cost_what_they_cost_together(sizes, options):
+def test_columns_on_ranks_cost_what_they_cost_together(sizes):
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(2, 5, 53, generator=generator, dtype=torch.float64) * 3
-    targets = TARGETS.where(TARGETS >= 0, options.get("ignore_index", -100))
+    logits = torch.randn(10, 53, generator=generator, dtype=torch.float64) * 3
+    # 17, 18, 32, 33, 49 and 50: first and last columns of a rank; 0 and 52 the ends
+    targets = torch.tensor([0, 17, 18, 52, -100, 49, 50, 33, 32, 18])
     whole = logits.clone().requires_grad_()
-    value = cross_entropy(whole, targets, **options)
+    value = F.cross_entropy(whole, targets, reduction="sum")
     (2 * value).backward()
-    ranks = gloo.run(len(sizes), over_ranks, logits, targets, sizes, options)
+    ranks = gloo.run(len(sizes), over_ranks, logits, targets, sizes)
     for rank_value, _ in ranks:
         # float64: only the order of sums differs
         torch.testing.assert_close(rank_value, value, rtol=1e-13, atol=1e-13)
@@ -159,25 +155,27 @@ def test_logits_far_from_zero_neither_overflow_nor_vanish():
     # 1e4 apart: exp of either overflows or is 0 unless the maximum of all ranks is subtracted
     logits = torch.tensor([[1e4, 0.0, -1e4, 9999.0], [-1e4, -1e4, -1e4, -1e4 + 1]])
     targets = torch.tensor([3, 0])
-    for value, grad in gloo.run(2, over_ranks, logits, targets, (2, 2), {}):
+    expected = F.cross_entropy(logits, targets, reduction="sum").item()
+    for value, grad in gloo.run(2, over_ranks, logits, targets, (2, 2)):
         # fp32 holds 1e4 to 1e-3
-        assert value.item() == pytest.approx(cross_entropy(logits, targets).item(), abs=1e-3)
+        assert value.item() == pytest.approx(expected, abs=4e-3)
         assert grad.isfinite().all()
 
 
 def test_without_a_target_columns_on_ranks_cost_nothing():
-    targets = torch.full((2, 5), -100)
-    for value, grad in gloo.run(2, over_ranks, torch.randn(2, 5, 8), targets, (4, 4), {}):
+    targets = torch.full((10,), -100)
+    for value, grad in gloo.run(2, over_ranks, torch.randn(10, 8), targets, (4, 4)):
         assert value.item() == 0
         assert not grad.any()
 
 
 def test_half_logits_are_summed_wide():
     logits, targets = torch.randn(3, 64).bfloat16(), torch.tensor([1, 40, 63])
-    for value, _ in gloo.run(2, over_ranks, logits, targets, (32, 32), {}):
+    for value, _ in gloo.run(2, over_ranks, logits, targets, (32, 32)):
         assert value.dtype == torch.float32
         # fp32 sums of the same bf16 numbers
-        torch.testing.assert_close(value, cross_entropy(logits, targets), rtol=1e-6, atol=1e-6)
+        expected = F.cross_entropy(logits.float(), targets, reduction="sum")
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-6)
 
 
 def labelled(seed=0):
@@ -222,8 +220,8 @@ def head_collectives(parallel):
     return forward, backward
 
 
-def test_a_piece_of_the_loss_is_two_small_collectives_and_none_is_repeated():
+def test_the_loss_is_two_small_collectives_however_many_pieces_it_has():
     for forward, backward in gloo.run(2, head_collectives):
-        # the maximum and [sum of exp, target] of 7 + 7 + 7 + 3 tokens
-        assert forward == [("all_reduce", n) for t in (7, 7, 7, 3) for n in (t, 2 * t)]
+        # each token's log-sum-exp for the maximum, then [its exp, the label's logit]
+        assert forward == [("all_reduce", 24), ("all_reduce", 48)]
         assert backward == []
