@@ -276,10 +276,7 @@ class HybridLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> Self:
-        """Load a zoo name, a native directory or a family's published directory.
-
-        Options as in zoo.load.
-        """
+        """Load a zoo name, a directory or a repository of the hub; options as in zoo.load."""
         from hybridzoo.zoo import load
 
         return load(source, **options)
@@ -289,6 +286,12 @@ class HybridLM(nn.Module):
         from hybridzoo.checkpoint import save
 
         save(self, directory, **options)
+
+    def push_to_hub(self, repo: str, **options: Any) -> Any:
+        """Publish at owner/name, privately unless told; options as in zoo.publish.push."""
+        from hybridzoo.zoo.publish import push
+
+        return push(self, repo, **options)
 
 
 def _checked(stage: range | None, n: int) -> range:
