@@ -9,12 +9,11 @@ import torch
 
 from hybridzoo.checkpoint.convert import MODEL_TYPE, family, family_of
 from hybridzoo.checkpoint.convert.base import Family, open_family
+from hybridzoo.checkpoint.crew import Crew
 from hybridzoo.checkpoint.layout import (
-    Gathered,
     Source,
     check_dtype,
     first_rows,
-    gather,
     load_into,
     whole,
 )
@@ -22,6 +21,7 @@ from hybridzoo.checkpoint.pickled import PickleReader
 from hybridzoo.checkpoint.reader import Reader, read_json, resolve, undisturbed
 from hybridzoo.checkpoint.recorded import SourceLayout
 from hybridzoo.checkpoint.shard import DTYPES
+from hybridzoo.checkpoint.spread import Spread, Weights
 from hybridzoo.checkpoint.store import NATIVE, Store
 from hybridzoo.comm import SINGLE, Parallel
 from hybridzoo.config import HybridConfig
@@ -33,8 +33,8 @@ __all__ = [
     "Reader",
     "Source",
     "convert",
-    "gather",
     "load",
+    "load_into",
     "open_source",
     "read_config",
     "save",
@@ -59,6 +59,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     parallel: Parallel = SINGLE,
+    stage: range | None = None,
 ) -> HybridLM:
     """Build the model of a native or published directory and fill it tensor by tensor.
 
@@ -67,7 +68,8 @@ def load(
         dtype: of the parameters, A_log, D and dt_bias staying at least fp32; None is the dtype most
             weights are stored in.
         device: where the parameters are made and filled.
-        parallel: this process's place among tensor-parallel ranks; each reads only its slices.
+        parallel: this process's place among the ranks; each reads only its slices.
+        stage: places of the stack that this pipeline stage holds; None is all of them.
 
     Returns:
         The model in eval mode: dropout starts with model.train().
@@ -75,14 +77,17 @@ def load(
     Raises:
         CheckpointError: files, names, shapes or dtypes are not what config.json says; nothing was
             allocated.
-        ConfigError: config.json of a native directory is wrong, or tp cannot cut the model.
+        ConfigError: config.json of a native directory is wrong, or the ranks cannot share the
+            model.
     """
     check_dtype(dtype)
     source = open_source(directory)
     wanted = dtype or source.main_dtype()
     if dtype is None:
         _say_what_is_cast(source, wanted)
-    model = HybridLM(source.config, parallel=parallel, device=device, dtype=wanted, init=False)
+    model = HybridLM(
+        source.config, parallel=parallel, stage=stage, device=device, dtype=wanted, init=False
+    )
     load_into(model, source)
     return model.eval()
 
@@ -106,14 +111,17 @@ def save(
     dtype: torch.dtype | None = None,
     layout: str = NATIVE,
     tokenizer: str | Path | None = None,
+    weights: Weights | None = None,
 ) -> None:
     """Write config.json and safetensors, all or nothing.
 
-    Under tensor parallelism every rank calls it and rank 0 writes.
+    Of a model that several ranks share every rank calls it and writes its own slices, of copies one
+    holder's; the files are those that one process writes.
 
     Args:
         model: its parameters are written under canonical names, a tied one once.
-        directory: made if missing; a checkpoint there is replaced, other files are left alone.
+        directory: made if missing; a checkpoint there is replaced, other files are left alone. All
+            ranks see it.
         max_shard_bytes: larger models are split into files of at most this size.
         dtype: of the written weights, A_log, D and dt_bias staying at least fp32; None is the
             model's or, for the family that the model was loaded from, each tensor's own in the
@@ -122,27 +130,38 @@ def save(
             loaded from, the source's own files.
         tokenizer: a tokenizers JSON to put beside the weights under the config's name for it; a
             tokenizer_config.json next to it comes along, for it names eos and bos.
+        weights: gives the whole tensor of a name in the model for the length of a block, where
+            parameters are partitioned (an engine's `weights`); every rank asks for all of its own
+            in the order of model.local_names().
 
     Raises:
-        CheckpointError: the directory cannot be written, or the family cannot express the config.
+        CheckpointError: the directory cannot be written, copies differ between ranks, or the family
+            cannot express the config; the same error on every rank, whichever it happened on.
     """
-    texts = {}
-    if tokenizer is not None:
-        if model.config.tokenizer == "bytes":
-            raise CheckpointError(
-                f"tokenizer: the model reads bytes, not {tokenizer}; a file beside it would not "
-                "be used. Leave it out, or set the config's tokenizer to the file's name."
-            )
-        if not Path(tokenizer).is_file():
-            raise CheckpointError(
-                f"{tokenizer}: no such file; a tokenizer is a tokenizers JSON. Check the path."
-            )
-        texts[model.config.tokenizer] = Path(tokenizer).read_bytes()
-        specials = Path(tokenizer).with_name("tokenizer_config.json")
-        if specials.is_file():
-            texts[specials.name] = specials.read_bytes()
-    store = Store(directory, layout, dtype, max_shard_bytes)
-    store.run(Gathered(model), texts, writes=model.parallel.tp.rank == 0)
+    crew = Crew.of(model.parallel)
+    with crew.phase():
+        texts = _tokenizer_files(model.config, tokenizer) if crew.is_first else {}
+        store = Store(directory, layout, dtype, max_shard_bytes)
+    store.run_spread(Spread(model, crew, weights), texts)
+
+
+def _tokenizer_files(config: HybridConfig, tokenizer: str | Path | None) -> dict[str, bytes]:
+    if tokenizer is None:
+        return {}
+    if config.tokenizer == "bytes":
+        raise CheckpointError(
+            f"tokenizer: the model reads bytes, not {tokenizer}; a file beside it would not "
+            "be used. Leave it out, or set the config's tokenizer to the file's name."
+        )
+    if not Path(tokenizer).is_file():
+        raise CheckpointError(
+            f"{tokenizer}: no such file; a tokenizer is a tokenizers JSON. Check the path."
+        )
+    texts = {config.tokenizer: Path(tokenizer).read_bytes()}
+    specials = Path(tokenizer).with_name("tokenizer_config.json")
+    if specials.is_file():
+        texts[specials.name] = specials.read_bytes()
+    return texts
 
 
 def convert(
@@ -186,7 +205,7 @@ def convert(
     names = {*_SIDE_FILES, Path(opened.config.tokenizer).name}
     paths = {name: resolve(source, name) for name in sorted(names)}
     texts = {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
-    Store(target, layout, None, max_shard_bytes).run(opened, texts, writes=True)
+    Store(target, layout, None, max_shard_bytes).run(opened, texts)
     return opened.config
 
 

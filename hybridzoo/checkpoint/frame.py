@@ -230,12 +230,17 @@ def data_of(
     path: Path, name: str, tensor: Tensor, spec: Spec, orders: Mapping[str, list[int]]
 ) -> memoryview:
     """The bytes of a tensor as a file holds them; CheckpointError if it has not the shape."""
-    if tensor.numel() != prod(spec.shape):
-        raise CheckpointError(
-            f"{path.name}: {name} has {tensor.numel()} elements, its header says {spec.shape}; "
-            "they must agree. Save with the config that the model was built from."
-        )
+    check_size(path.name, name, tensor, spec)
     tensor = tensor.detach().to(device="cpu", dtype=DTYPES[spec.dtype])
     if name in orders:
         tensor = tensor.reshape(spec.shape).permute(orders[name])
     return tensor.reshape(-1).contiguous().view(torch.uint8).numpy().data
+
+
+def check_size(where: str, name: str, tensor: Tensor, spec: Spec) -> None:
+    """CheckpointError if a tensor has not as many elements as were planned for it."""
+    if tensor.numel() != prod(spec.shape):
+        raise CheckpointError(
+            f"{where}: {name} has {tensor.numel()} elements, its header says {spec.shape}; "
+            "they must agree. Save with the config that the model was built from."
+        )

@@ -51,7 +51,7 @@ class Golden:
 
     def difference(self, model: HybridLM) -> float:
         """Largest difference of a model's logits; NaN where it computes one."""
-        ids = self.input_ids.to(model.embed.weight.device)
+        ids = self.input_ids.to(model.device)
         logits = _last(model, ids, self.logits.shape[1])
         return float((logits.cpu().double() - self.logits.double()).abs().max())
 

@@ -6,6 +6,9 @@ one by one, the index (or the single file) last, after stale shards were removed
 is renamed a reader sees the old checkpoint; from then on it takes from `.saved/` whatever still
 lies there, so that a kill at any moment leaves the old or the new one, whole. The next save clears
 `.saving/` or finishes `.saved/`. Final names need not be new, so every layout can be written.
+
+Several ranks save in phases that all of them end together: the first lays out the files, header and
+room; each writes its own slices at their offsets and waits for the disk; the first commits.
 """
 
 from __future__ import annotations
@@ -16,15 +19,18 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from hybridzoo.checkpoint.frame import PICKLE_FILE, Pickle, data_of, write_archive
-from hybridzoo.checkpoint.shard import DTYPES, Shard, Spec, render_header
+from hybridzoo.checkpoint.crew import ALONE, Crew
+from hybridzoo.checkpoint.frame import PICKLE_FILE, Pickle, check_size, write_archive
+from hybridzoo.checkpoint.shard import DTYPES, Shard, Spec
+from hybridzoo.checkpoint.transfer import Piece
+from hybridzoo.checkpoint.writer import Writer, reserve
 from hybridzoo.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
@@ -93,7 +99,7 @@ def write(
     *,
     texts: Mapping[str, bytes],
 ) -> None:
-    """Write tensors, index and other files, all or nothing (how: see the module).
+    """Write whole tensors, index and other files in one process, all or nothing.
 
     Args:
         directory: made if missing; files that are not a checkpoint's weights, or the answers and
@@ -108,7 +114,80 @@ def write(
         CheckpointError: the directory cannot be written, another process is saving to it, or a
             tensor has not its planned shape.
     """
+
+    def fill(writer: Writer) -> None:
+        for file, shard in layout.files.items():
+            if isinstance(shard, Pickle):
+                write_archive(writer.directory / file, shard, fetch)
+                sync(writer.directory / file)
+                continue
+            for name, spec in shard.tensors.items():
+                tensor = fetch(name)
+                check_size(file, name, tensor, spec)
+                start = (0,) * len(spec.shape)
+                writer.put(Piece(name, spec.shape, start, tensor.reshape(spec.shape)))
+
+    commit(directory, layout, fill, texts=texts)
+
+
+def commit(
+    directory: str | Path,
+    layout: Layout,
+    fill: Callable[[Writer], Any],
+    *,
+    texts: Mapping[str, bytes],
+    crew: Crew = ALONE,
+    check: Callable[[list[Any]], None] = lambda found: None,
+) -> None:
+    """Write what every rank of a crew fills in, all or nothing (how: see the module).
+
+    Args:
+        directory: as in write; every rank sees the same one.
+        layout: as in write; the same on every rank.
+        fill: writes this rank's slices; it may return something small.
+        texts: as in write; the first rank's are written.
+        crew: the ranks that call it.
+        check: hears what every rank's `fill` returned; the same error on all ends the save.
+
+    Raises:
+        CheckpointError: as write's, on every rank, whichever it happened on.
+    """
     directory = Path(directory)
+    staging = directory / _STAGING
+    with ExitStack() as undo:
+        with crew.phase(), _writing(directory):
+            if crew.is_first:
+                _stage(directory, layout, texts, undo)
+        with crew.phase() as filled, _writing(directory):
+            if not staging.is_dir():
+                raise CheckpointError(
+                    f"{directory}: not the directory that rank 0 writes to; the ranks share one "
+                    "file system. Save to a place that every host sees."
+                )
+            with Writer(staging, layout.files) as writer:
+                filled.value = fill(writer)
+        check(filled.values)
+        with crew.phase(), _writing(directory):
+            if crew.is_first:
+                sync(staging)
+                os.rename(staging, directory / COMMITTED)
+                sync(directory)
+                _finish(directory)
+
+
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{directory}: cannot be written ({error.strerror or error}); the checkpoint there "
+            "before, if any, is whole. Free space, or save elsewhere."
+        ) from error
+
+
+def _stage(directory: Path, layout: Layout, texts: Mapping[str, bytes], undo: ExitStack) -> None:
+    """Make the files, their tensors still empty; what is to be undone at the end joins `undo`."""
     for name in [*layout.files, *texts]:
         # names may come from a config.json that somebody else wrote.
         if not _PLAIN_NAME.fullmatch(name):
@@ -116,47 +195,30 @@ def write(
                 f"{directory}: illegal file name ({name!r}); a checkpoint's files lie in it, "
                 "under plain names. Mend config.json."
             )
-    is_new = not directory.exists()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with locked(directory, "saving to"):
-            _finish(directory)
-            _stage(directory / _STAGING, layout, fetch, texts)
-            os.rename(directory / _STAGING, directory / COMMITTED)
-            sync(directory)
-            _finish(directory)
-    except OSError as error:
-        if is_new:
-            with suppress(OSError):
-                directory.rmdir()
-        raise CheckpointError(
-            f"{directory}: cannot be written ({error.strerror or error}); the checkpoint there "
-            "before, if any, is whole. Free space, or save elsewhere."
-        ) from error
-
-
-def _stage(
-    staging: Path, layout: Layout, fetch: Callable[[str], Tensor], texts: Mapping[str, bytes]
-) -> None:
+    if not directory.exists():
+        undo.callback(_remove_empty, directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    undo.enter_context(locked(directory, "saving to"))
+    _finish(directory)
+    staging = directory / _STAGING
     shutil.rmtree(staging, ignore_errors=True)
+    # half a checkpoint must not be what fills the disk
+    undo.callback(shutil.rmtree, staging, ignore_errors=True)
     staging.mkdir()
+    for name, shard in layout.files.items():
+        if not isinstance(shard, Pickle):
+            with _synced(staging / name) as file:
+                reserve(file, shard)
     if layout.index is not None:
         texts = {INDEX_FILE: layout.index_text().encode(), **texts}
-    try:
-        for name, shard in layout.files.items():
-            if isinstance(shard, Pickle):
-                write_archive(staging / name, shard, fetch)
-                sync(staging / name)
-            else:
-                _write_shard(staging / name, shard, fetch)
-        for name, content in texts.items():
-            with _synced(staging / name) as file:
-                file.write(content)
-        sync(staging)
-    except (OSError, CheckpointError):
-        # half a checkpoint must not be what fills the disk
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+    for name, content in texts.items():
+        with _synced(staging / name) as file:
+            file.write(content)
+
+
+def _remove_empty(directory: Path) -> None:
+    with suppress(OSError):
+        directory.rmdir()
 
 
 def _finish(directory: Path) -> None:
@@ -182,16 +244,10 @@ def _finish(directory: Path) -> None:
     sync(directory)
 
 
-def _write_shard(path: Path, shard: Shard, fetch: Callable[[str], Tensor]) -> None:
-    with _synced(path) as file:
-        file.write(render_header(shard))
-        for name, spec in shard.tensors.items():
-            file.write(data_of(path, name, fetch(name), spec, {}))
-
-
 @contextmanager
 def _synced(path: Path) -> Iterator[Any]:
-    with open(path, "xb") as file:
+    # to be read as well: where a file system cannot reserve room, the C library looks at each block
+    with open(path, "x+b") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())

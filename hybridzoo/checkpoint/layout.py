@@ -6,23 +6,28 @@ A Block says how files cut a parameter, its `cut` how ranks do.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
+from itertools import accumulate, product
 from math import prod
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from hybridzoo.checkpoint.crew import is_alone
 from hybridzoo.checkpoint.pickled import PickleReader
 from hybridzoo.checkpoint.reader import Reader
 from hybridzoo.checkpoint.shard import DTYPE_NAMES, DTYPES
 from hybridzoo.checkpoint.transfer import Piece, narrow
+from hybridzoo.comm import Axis
 from hybridzoo.config import HybridConfig
 from hybridzoo.errors import CheckpointError
+from hybridzoo.layers import Param
 from hybridzoo.model import HybridLM
-from hybridzoo.sharding import Replicate
+from hybridzoo.sharding import Split
+
+Box = tuple[tuple[int, int], ...]
 
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 
@@ -40,7 +45,7 @@ class Block:
     """
 
     name: str
-    box: tuple[tuple[int, int], ...]
+    box: Box
     shape: tuple[int, ...]
     start: tuple[int, ...] | None = None
 
@@ -58,6 +63,80 @@ class Block:
         if self.start is None:
             return stored.view(self.sizes)
         return narrow(stored, self.start, self.sizes)
+
+
+@dataclass(frozen=True)
+class Held:
+    """A box of a parameter and where it lies in a rank's tensor.
+
+    Attributes:
+        box: (start, stop) of every dimension of the parameter.
+        at: where the box begins in the tensor.
+    """
+
+    box: Box
+    at: tuple[int, ...]
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The box out of the rank's tensor, a view."""
+        return narrow(tensor, self.at, [stop - start for start, stop in self.box])
+
+
+def all_of(shape: Sequence[int]) -> Held:
+    """The whole parameter, in a tensor of its shape."""
+    return Held(tuple((0, n) for n in shape), (0,) * len(shape))
+
+
+def shape_of(parts: Iterable[Held]) -> tuple[int, ...]:
+    """Shape of the tensor that these boxes make up."""
+    ends = [[at + b - a for at, (a, b) in zip(p.at, p.box, strict=True)] for p in parts]
+    return tuple(map(max, zip(*ends, strict=True)))
+
+
+def held(p: Param, own: str, tp: Axis, ep: Axis) -> dict[str, list[Held]]:
+    """What the tensors of one rank hold of a parameter.
+
+    Args:
+        p: its declaration.
+        own: its name in the terms of its layer, as its first piece is called.
+        tp: the rank's place among those that cut it.
+        ep: the rank's place among those that share its experts.
+
+    Returns:
+        By piece, the boxes that make it up, each of them whole on every rank that holds some of it.
+    """
+    cut, mine = p.cut, p.expert_range(ep) if p.experts else None
+    ranges = cut.ranges(own, tp.world, tp.rank) if isinstance(cut, Split) else {own: []}
+    found = {}
+    for piece, spans in ranges.items():
+        by_dim = [[(0, n)] for n in p.shape]
+        if mine is not None:
+            by_dim[0] = [(mine.start, mine.stop)]
+        if isinstance(cut, Split):
+            by_dim[cut.dim] = spans
+        places = [accumulate((b - a for a, b in dim[:-1]), initial=0) for dim in by_dim]
+        boxes = zip(product(*by_dim), product(*places), strict=True)
+        found[piece] = [Held(box, at) for box, at in boxes]
+    return found
+
+
+def pieces(blocks: Iterable[Block], parts: Iterable[Held], tensor: Tensor) -> Iterator[Piece]:
+    """Where the files hold what a rank's tensor does, for reading as for writing."""
+    tensor = tensor.detach()
+    for part in parts:
+        for block in blocks:
+            both = [
+                (max(a, c), min(b, d)) for (a, b), (c, d) in zip(part.box, block.box, strict=True)
+            ]
+            if any(low >= high for low, high in both):
+                continue
+            low, sizes = [a for a, _ in both], [b - a for a, b in both]
+            place = [at + a - b for at, a, (b, _) in zip(part.at, low, part.box, strict=True)]
+            shape, start = block.sizes, (0,) * len(low)
+            if block.start is not None:
+                shape, start = list(block.shape), block.start
+            begin = [s + a - b for s, a, (b, _) in zip(start, low, block.box, strict=True)]
+            yield Piece(block.name, tuple(shape), tuple(begin), narrow(tensor, place, sizes))
 
 
 Blocks = Mapping[str, Sequence[Block]]
@@ -121,31 +200,14 @@ class Source:
                 count[self.dtype(name)] += prod(p.shape)
         return DTYPES[count.most_common(1)[0][0]]
 
-    def read_into(
-        self, target: Tensor, name: str, dim: int = 0, spans: Sequence[tuple[int, int]] = ()
-    ) -> None:
-        """Read a parameter, or its (start, stop) slices along `dim`, into `target`."""
-        self.reader.fill(self.pieces(target, name, dim, spans))
+    def read_into(self, target: Tensor, name: str, parts: Iterable[Held] = ()) -> None:
+        """Read a parameter, or parts of it, into `target`."""
+        self.reader.fill(self.pieces(target, name, parts))
 
-    def pieces(
-        self, target: Tensor, name: str, dim: int = 0, spans: Sequence[tuple[int, int]] = ()
-    ) -> Iterator[Piece]:
+    def pieces(self, target: Tensor, name: str, parts: Iterable[Held] = ()) -> Iterator[Piece]:
         """What read_into reads."""
-        target, at = target.detach(), 0
-        for start, stop in spans or [(0, self.params[name].shape[dim])]:
-            for block in self.blocks[name]:
-                lo, hi = max(block.box[dim][0], start), min(block.box[dim][1], stop)
-                if lo >= hi:
-                    continue
-                first, sizes = [a for a, _ in block.box], block.sizes
-                first[dim], sizes[dim] = at + lo - start, hi - lo
-                shape, begin = block.sizes, [0] * len(sizes)
-                if block.start is not None:
-                    shape, begin = list(block.shape), list(block.start)
-                begin[dim] += lo - block.box[dim][0]
-                place = narrow(target, first, sizes)
-                yield Piece(block.name, tuple(shape), tuple(begin), place)
-            at += stop - start
+        parts = parts or [all_of(self.params[name].shape)]
+        return pieces(self.blocks[name], parts, target)
 
     def _fetch(self, name: str) -> Tensor:
         full = torch.empty(self.params[name].shape, dtype=DTYPES[self.dtype(name)])
@@ -194,56 +256,13 @@ def first_rows(source: Source, n: int) -> Source:
 @torch.no_grad()
 def load_into(model: HybridLM, source: Source) -> None:
     """Fill a model's parameters, each in its dtype; each rank reads its own slices."""
-    tp, wanted = model.parallel.tp, list[Piece]()
-    for name, p, pieces in model.local_names():
-        # the first piece has the parameter's own name, in the terms of its layer.
-        own = next(iter(pieces))
-        for piece, local in pieces.items():
-            target = model.get_parameter(local)
-            if isinstance(p.cut, Replicate):
-                wanted += source.pieces(target, name)
-            else:
-                spans = p.cut.ranges(own, tp.world, tp.rank)[piece]
-                wanted += source.pieces(target, name, p.cut.dim, spans)
+    tp, ep, wanted = model.parallel.tp, model.parallel.ep, list[Piece]()
+    for name, p, locals_ in model.local_names():
+        for piece, local in locals_.items():
+            parts = held(p, next(iter(locals_)), tp, ep)[piece]
+            wanted += source.pieces(model.get_parameter(local), name, parts)
     # other ranks here read the same files
-    source.reader.fill(wanted, once=tp.world == 1)
-
-
-def gather(model: HybridLM) -> Iterator[tuple[str, Tensor]]:
-    """Every canonical parameter in full, a tied one once; with ranks complete on rank 0 only."""
-    gathered = Gathered(model)
-    for name in gathered.params:
-        yield name, gathered.fetch(name)
-
-
-class Gathered:
-    """Canonical parameters of a model by name; every rank must ask for the same ones in turn."""
-
-    def __init__(self, model: HybridLM) -> None:
-        self.model, self.config = model, model.config
-        self.table = {name: (p, pieces) for name, p, pieces in model.local_names()}
-        self.params = {name: p for name, (p, _) in self.table.items()}
-        self.fetch: Fetch = lru_cache(2)(self._fetch)
-
-    def dtype(self, name: str) -> str:
-        """Dtype of a parameter in the model."""
-        local = next(iter(self.table[name][1].values()))
-        return DTYPE_NAMES[self.model.get_parameter(local).dtype]
-
-    def _fetch(self, name: str) -> Tensor:
-        p, pieces = self.table[name]
-        tp = self.model.parallel.tp
-        mine = {piece: self.model.get_parameter(local).detach() for piece, local in pieces.items()}
-        own = next(iter(pieces))
-        if tp.world == 1:
-            return mine[own]
-        shards: list[dict[str, Tensor]] = [{} for _ in range(tp.world)]
-        for piece, tensor in mine.items():
-            copies = [torch.empty_like(tensor) for _ in shards] if tp.rank == 0 else None
-            dist.gather(tensor.contiguous(), copies, group=tp.group, group_dst=0)
-            for shard, copy in zip(shards, copies or [], strict=False):
-                shard[piece] = copy
-        return p.cut.join(own, shards) if tp.rank == 0 else mine[own].new_empty(p.shape)
+    source.reader.fill(wanted, once=is_alone(model.parallel))
 
 
 def _some(names: list[str]) -> str:

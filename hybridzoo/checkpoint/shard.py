@@ -120,6 +120,15 @@ def render_header(shard: Shard) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def starts_of(shard: Shard, header: bytes) -> tuple[dict[str, int], int]:
+    """First byte of each tensor, and the file's size, where a header is followed by the tensors."""
+    starts, end = {}, len(header)
+    for name, spec in shard.tensors.items():
+        starts[name] = end
+        end += spec.n_bytes
+    return starts, end
+
+
 def open_shard(path: Path) -> Shard:
     """Open a file and check its header and size; CheckpointError says what it is instead."""
     file = OpenFile(path)

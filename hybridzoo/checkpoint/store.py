@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from hybridzoo.checkpoint.convert import CONVERTERS, MODEL_TYPE, family
 from hybridzoo.checkpoint.convert.base import Family, differences, published_config
+from hybridzoo.checkpoint.copies import check_copies
 from hybridzoo.checkpoint.frame import PICKLE_FILE, Pickle
-from hybridzoo.checkpoint.io import INDEX_FILE, Layout, plan, write
+from hybridzoo.checkpoint.io import INDEX_FILE, Layout, commit, plan, write
 from hybridzoo.checkpoint.layout import Blocks, check_dtype, unfused, whole
 from hybridzoo.checkpoint.recorded import SourceLayout, recorded_layout, twice
 from hybridzoo.checkpoint.shard import DTYPE_NAMES, DTYPES, Spec
+from hybridzoo.checkpoint.spread import Spread
 from hybridzoo.config import HybridConfig
 from hybridzoo.errors import CheckpointError
 from hybridzoo.layers import Param
@@ -26,8 +29,8 @@ from hybridzoo.options import strict, suggest
 NATIVE = "native"
 
 
-class Parameters(Protocol):
-    """Canonical parameters, of a model or of a checkpoint."""
+class Planned(Protocol):
+    """Canonical parameters, of a model or of a checkpoint, as a plan needs them."""
 
     config: HybridConfig
 
@@ -37,6 +40,10 @@ class Parameters(Protocol):
 
     def dtype(self, name: str) -> str:
         """Stored dtype of one."""
+
+
+class Parameters(Planned, Protocol):
+    """Canonical parameters that are read whole."""
 
     def fetch(self, name: str) -> Tensor:
         """One in full."""
@@ -65,38 +72,50 @@ class Store:
         self.family = None if layout == NATIVE else family(layout)
         check_dtype(dtype)
 
-    def run(self, source: Parameters, texts: dict[str, bytes], *, writes: bool) -> None:
-        """Write everything, or only take part in the gathering of what another rank writes."""
-        config = source.config
-        if self.family is None:
-            blocks: Blocks = whole(config)
-            files = plan(self._specs(source, blocks), self.max_shard_bytes)
-            texts = {**texts, "config.json": self._native_text(source)}
-        else:
-            blocks, files, own = self._published(self.family, source)
-            texts = {**own, **texts}
-        fetch = unfused(source.fetch, blocks)
-        if writes:
-            write(self.directory, files, fetch, texts=texts)
-            return
-        for shard in files.files.values():
-            for name in shard.fetched():
-                fetch(name)
+    def run(self, source: Parameters, texts: dict[str, bytes]) -> None:
+        """Write everything from whole parameters, in one process."""
+        blocks, files, texts = self._planned(source, texts)
+        write(self.directory, files, unfused(source.fetch, blocks), texts=texts)
 
-    def _specs(self, source: Parameters, blocks: Blocks) -> dict[str, Spec]:
+    def run_spread(self, spread: Spread, texts: dict[str, bytes]) -> None:
+        """Write this rank's slices; every rank calls it."""
+        blocks, files, texts = self._planned(spread, texts)
+        archives = [file for file, shard in files.files.items() if isinstance(shard, Pickle)]
+        if not archives:
+            fill, crew = partial(spread.fill, blocks=blocks), spread.crew
+            commit(self.directory, files, fill, texts=texts, crew=crew, check=check_copies)
+            return
+        if spread.crew.world > 1:
+            raise CheckpointError(
+                f"layout: {archives[0]} cannot be written by {spread.crew.world} ranks; an archive "
+                f"is written by one process. Save {NATIVE!r}, then use `hybridzoo convert`."
+            )
+        write(self.directory, files, unfused(spread.fetch, blocks), texts=texts)
+
+    def _planned(
+        self, source: Planned, texts: dict[str, bytes]
+    ) -> tuple[Blocks, Layout, dict[str, bytes]]:
+        if self.family is not None:
+            blocks, files, own = self._published(self.family, source)
+            return blocks, files, {**own, **texts}
+        blocks = whole(source.config)
+        files = plan(self._specs(source, blocks), self.max_shard_bytes)
+        return blocks, files, {**texts, "config.json": self._native_text(source)}
+
+    def _specs(self, source: Planned, blocks: Blocks) -> dict[str, Spec]:
         return {
             block.name: Spec(self._dtype(source, name), block.shape)
             for name, cut in blocks.items()
             for block in cut
         }
 
-    def _dtype(self, source: Parameters, name: str) -> str:
+    def _dtype(self, source: Planned, name: str) -> str:
         if self.dtype is None:
             return source.dtype(name)
         wide = torch.promote_types(self.dtype, torch.float32)
         return DTYPE_NAMES[wide if source.params[name].fp32 else self.dtype]
 
-    def _native_text(self, source: Parameters) -> bytes:
+    def _native_text(self, source: Planned) -> bytes:
         content = {
             "model_type": MODEL_TYPE,
             "dtype": self._main_dtype(source),
@@ -104,13 +123,11 @@ class Store:
         }
         return (json.dumps(strict(content), indent=2, allow_nan=False) + "\n").encode()
 
-    def _main_dtype(self, source: Parameters) -> str:
+    def _main_dtype(self, source: Planned) -> str:
         name = self._dtype(source, "embed.weight")
         return str(DTYPES[name]).removeprefix("torch.")
 
-    def _published(
-        self, known: Family, source: Parameters
-    ) -> tuple[Blocks, Layout, dict[str, bytes]]:
+    def _published(self, known: Family, source: Planned) -> tuple[Blocks, Layout, dict[str, bytes]]:
         """The source's own files if remembered and still fitting, else the newest dialect's."""
         config, layout = source.config, SourceLayout.of(source.config)
         texts: dict[str, str] = {}
@@ -135,7 +152,7 @@ class Store:
     def _as_recorded(
         self,
         known: Family,
-        source: Parameters,
+        source: Planned,
         blocks: Blocks,
         files: Layout,
         texts: dict[str, str],

@@ -1,4 +1,4 @@
-"""From files to tensors: straight into their memory where the bytes are alike, else by a buffer."""
+"""Between files and tensors: from memory to memory where the bytes are alike, else by a buffer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
+from operator import mul
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ _SHORT_RUN = 2**20
 
 @dataclass(frozen=True)
 class Piece:
-    """A box of a stored tensor and what it is read into.
+    """A box of a stored tensor, and the tensor that it is read into or, of a save, written from.
 
     Attributes:
         name: the stored tensor.
@@ -178,6 +179,51 @@ def steps(piece: Piece, file: OpenFile, offset: int, dtype: torch.dtype) -> Iter
                 (0, *start[dim + 1 :]),
                 target[outer].narrow(0, row, rows),
             )
+
+
+@dataclass(frozen=True)
+class Runs:
+    """One batch of writes: runs of bytes of one length, of at most STEP_BYTES together.
+
+    Attributes:
+        offsets: each run's first byte in the file.
+        source: what is written there, run after run.
+    """
+
+    offsets: list[int]
+    source: Tensor
+
+    def write(self, fd: int, dtype: torch.dtype) -> None:
+        """Write them as `dtype`."""
+        data = _memory(self.source.detach().to(device="cpu", dtype=dtype).contiguous())
+        n = len(data) // len(self.offsets)
+        for i, offset in enumerate(self.offsets):
+            done = 0
+            while done < n:
+                done += os.pwrite(fd, data[i * n + done : (i + 1) * n], offset + done)
+
+
+def runs(piece: Piece, offset: int, dtype: torch.dtype) -> Iterator[Runs]:
+    """Cut a piece of the tensor at `offset` into writes, which touch no byte of its neighbours."""
+    shape, start, source = (1, *piece.shape), (0, *piece.start), piece.target[None]
+    sizes = source.shape
+    if not source.numel():
+        return
+    strides = [prod(shape[d + 1 :]) * dtype.itemsize for d in range(len(shape))]
+    rows_of = [prod(sizes[d + 1 :]) * dtype.itemsize for d in range(len(shape))]
+    base = offset + sum(map(mul, start, strides))
+    # from `dim` on, what is written lies end to end; along `top` the batches are cut
+    dim = max((d for d, n in enumerate(sizes) if n != shape[d]), default=0)
+    top = next(d for d, n in enumerate(rows_of) if n <= STEP_BYTES)
+    n_rows = max(1, STEP_BYTES // rows_of[top])
+    for outer in itertools.product(*map(range, sizes[:top])):
+        for row in range(0, sizes[top], n_rows):
+            rows = min(n_rows, sizes[top] - row)
+            first = base + sum(map(mul, (*outer, row), strides))
+            inner = [range(rows), *map(range, sizes[top + 1 : dim])] if top < dim else []
+            places = itertools.product(*inner)
+            offsets = [first + sum(map(mul, place, strides[top:])) for place in places]
+            yield Runs(offsets, source[outer].narrow(0, row, rows))
 
 
 def _memory(tensor: Tensor) -> memoryview:

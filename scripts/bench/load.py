@@ -148,7 +148,7 @@ def main() -> None:
     # a kept one is used again
     if not asked.directory.exists():
         store = Store(asked.directory, asked.layout, None, int(asked.shard_gb * 1e9))
-        store.run(Random(falcon_mamba(asked.layers)), {}, writes=True)
+        store.run(Random(falcon_mamba(asked.layers)), {})
     files = sorted(asked.directory.glob("*.safetensors"))
     sizes = [path.stat().st_size for path in files]
     about = {"bytes": sum(sizes), "shards": len(files), "largest_shard": max(sizes)}

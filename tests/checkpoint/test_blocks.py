@@ -4,7 +4,7 @@ import torch
 from safetensors.torch import save_file
 
 from hybridzoo.checkpoint.convert.base import Reordered, _expand
-from hybridzoo.checkpoint.layout import Block, Source, unfused, whole
+from hybridzoo.checkpoint.layout import Block, Held, Source, unfused, whole
 from hybridzoo.checkpoint.reader import Reader
 from hybridzoo.config import HybridConfig
 
@@ -49,7 +49,8 @@ def test_slices_cross_the_parts(tmp_path):
     opened, tensors, _ = source(tmp_path)
     target = torch.empty(6, 4)
     # the second half of gate and of up: a rank's share
-    opened.read_into(target, FUSED, 0, [(3, 6), (9, 12)])
+    parts = [Held(((3, 6), (0, 4)), (0, 0)), Held(((9, 12), (0, 4)), (3, 0))]
+    opened.read_into(target, FUSED, parts)
     assert torch.equal(target, torch.cat([tensors[FUSED][3:6], tensors[FUSED][9:]]))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hybridzoo.checkpoint import convert, gather, load, open_source, read_config, reader, save
+from hybridzoo.checkpoint import convert, load, open_source, read_config, reader, save
 from hybridzoo.checkpoint.convert.base import compact
 from hybridzoo.config import HybridConfig
 from hybridzoo.errors import CheckpointError
@@ -147,13 +147,6 @@ def test_reader_gives_up_where_files_never_rest(tmp_path, monkeypatch):
     monkeypatch.setattr(reader, "open_shard", disturbed)
     with pytest.raises(CheckpointError, match="changed in each of 100 attempts"):
         load(tmp_path)
-
-
-def test_gather_gives_each_parameter_once():
-    one = model(tie_embeddings=True)
-    found = list(gather(one))
-    assert [name for name, _ in found] == [name for name, _ in one.config.params()]
-    assert all(torch.equal(t, one.get_parameter(name)) for name, t in found)
 
 
 def rank_loads(parallel, directory, target):
