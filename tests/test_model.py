@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -478,6 +479,154 @@ def test_meta_then_init_equals_built_in_place():
     late.init_weights(9)
     built = HybridLM(make_config(), seed=9).state_dict()
     assert all(torch.equal(t, built[k]) for k, t in late.state_dict().items())
+
+
+# a stage boundary between two places, within a shared pair, and right behind the first place
+CUTS = [(3,), (4,), (1, 5)]
+
+
+def stage_ranges(cuts, n=8):
+    return [range(a, b) for a, b in zip((0, *cuts), (*cuts, n), strict=True)]
+
+
+def through(stages, ids, ctx):
+    """What the last of a pipeline's stages computes, each handing its stream to the next."""
+    h = stages[0].embedded(ids)
+    for stage in stages[:-1]:
+        h = stage.flushed(*stage.stream(h, None, ctx))
+    return stages[-1].logits(stages[-1].finish(*stages[-1].stream(h, None, ctx)))
+
+
+STAGED = {
+    "plain": {},
+    "tied": {"tie_embeddings": True},
+    "layer_norm": {"norm": "layer_norm", "residual_fp32": True},
+    "weight_fp32": {"norm_weight_fp32": True, "residual_multiplier": 1.0},
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16"])
+@pytest.mark.parametrize("change", STAGED)
+def test_stages_compute_the_whole_model_to_the_bit(change, precision):
+    config, dtype = (
+        make_config(**STAGED[change]),
+        torch.bfloat16 if precision == "bf16" else torch.float32,
+    )
+    mask = torch.ones(2, 9)
+    mask[0, :3] = 0
+    whole = make_model(config, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        ids, ctx = randint(2, 9), Sequence.build(9, attention_mask=mask)
+        expected = whole.logits(whole.hidden(ids, None, ctx))
+        for cuts in CUTS:
+            stages = [make_model(config, dtype=dtype, stage=r) for r in stage_ranges(cuts)]
+            assert torch.equal(through(stages, ids, ctx), expected), cuts
+
+
+def test_stages_have_the_whole_models_gradients():
+    config = make_config(tie_embeddings=True)
+    whole = make_model(config)
+    ids, ctx = randint(2, 9), Sequence(aux=[])
+    (whole.logits(whole.hidden(ids, None, ctx)).square().sum() + sum(ctx.aux)).backward()
+    stages, ctx = [make_model(config, stage=r) for r in stage_ranges((4,))], Sequence(aux=[])
+    (through(stages, ids, ctx).square().sum() + sum(ctx.aux)).backward()
+    for name, parameter in whole.named_parameters():
+        held = [dict(s.named_parameters()) for s in stages]
+        # a shared layer's and a tied embedding's are the sum of its holders'
+        grads = [h[name].grad for h in held if name in h and h[name].requires_grad]
+        if parameter.requires_grad:
+            assert_close(sum(grads), parameter.grad, name)
+
+
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+def test_stages_hold_the_canonical_names_between_them(tie):
+    config = make_config(tie_embeddings=tie)
+    whole, seen = HybridLM(config, seed=4).state_dict(), []
+    for stage in (HybridLM(config, seed=4, stage=r) for r in stage_ranges((4,))):
+        held = stage.state_dict()
+        for name, tensor in held.items():
+            assert torch.equal(tensor, whole[name]), name
+        declared = {name for name, _, _ in stage.local_names()}
+        assert declared == {n for n, _ in stage.named_parameters()}
+        seen.append(set(held))
+    first, last = seen
+    assert first | last == set(whole)
+    both = {n for n in whole if n.startswith("shared.base.")}
+    assert first & last == (both | {"embed.weight"} if tie else both)
+    assert ("head.weight" in last, "norm.weight" in last) == (True, True)
+    assert not {"head.weight", "norm.weight"} & first
+
+
+def test_a_stage_alone_gives_no_logits_and_no_text():
+    ids = randint(1, 3)
+    for stage in (make_model(stage=r) for r in stage_ranges((4,))):
+        start, stop = stage.stage.start, stage.stage.stop - 1
+        rule = rf"stage: places {start} to {stop} of 8 give no logits; all stages together do\. "
+        for act in (lambda m: m(ids), lambda m: m.init_state(1, 3), lambda m: m.generate(ids)):
+            with pytest.raises(ConfigError, match=rule):
+                act(stage)
+
+
+@pytest.mark.parametrize("stage", [range(3, 3), range(-1, 3), range(2, 9), range(0, 8, 2)], ids=str)
+def test_a_stage_is_places_in_a_row(stage):
+    with pytest.raises(ConfigError, match=r"it is one or more places in a row, of 0 to 7"):
+        HybridLM(make_config(), stage=stage, device="meta")
+
+
+def refusals(parallel):
+    """What a sequence-parallel model says of odd lengths, states and generation."""
+    model = make_model(parallel=replace(parallel, sequence_parallel=True))
+    said = []
+    for act in (
+        lambda: model(randint(2, 9)),
+        lambda: model.init_state(1, 4),
+        lambda: model.generate(randint(2, 4)),
+    ):
+        with pytest.raises(ConfigError) as error:
+            act()
+        said.append(str(error.value))
+    return said
+
+
+def test_sequence_parallelism_refuses_odd_lengths_and_states():
+    length, state, text = gloo.run(2, refusals)[0]
+    assert length.startswith("sequence_parallel: 9 tokens cannot be shared by tp=2 ranks; ")
+    assert state == text
+    assert state.startswith("sequence_parallel: no state can be continued with it; ")
+
+
+def full_logits(parallel):
+    """Logits of a model whose vocabulary the ranks share, and the gradient of a probe on them."""
+    model = make_model(make_config(vocab_size=330, pattern="F", layers_at={}), parallel)
+    hidden = torch.linspace(-1, 1, 2 * 3 * 16, dtype=torch.float64).view(2, 3, 16)
+    hidden.requires_grad_()
+    logits = model.logits(parallel.tp.copy_in(hidden))
+    (logits * torch.linspace(0, 1, 330).double()).sum().backward()
+    local = model.local_logits(hidden).detach()
+    return logits.detach(), hidden.grad, local, model.vocab_range
+
+
+def test_every_rank_has_all_logits_and_computes_its_own():
+    logits, grad, *_ = full_logits(SINGLE)
+    # multiples of 16; the last rank has what is left
+    starts = [range(0, 80), range(80, 160), range(160, 240), range(240, 330)]
+    for rank, (got, got_grad, local, ids) in enumerate(gloo.run(4, full_logits)):
+        assert ids == starts[rank]
+        assert_close(got, logits)
+        assert_close(got_grad, grad)
+        assert_close(local, logits[..., ids.start : ids.stop])
+
+
+def dropped_apart(parallel):
+    model = make_model(make_config(dropout=0.5), replace(parallel, sequence_parallel=True))
+    torch.manual_seed(parallel.tp.rank)
+    return model.blocks[3](torch.ones(1, 6, 16).double(), None, None, Sequence())[1].detach()
+
+
+def test_under_sequence_parallelism_each_rank_drops_for_its_own_tokens():
+    first, second = gloo.run(2, dropped_apart)
+    assert first.shape == second.shape == (1, 6, 16)
+    assert not torch.equal(first == 0, second == 0)
 
 
 def compile_stack(_, pattern, dynamic, change):

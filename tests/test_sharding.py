@@ -102,3 +102,58 @@ def test_the_error_names_every_rule_and_the_legal_tp():
     with pytest.raises(ConfigError, match=r"must divide d_ff \(1\)\. Use tp=1\."):
         check_tp("mlp", [Split(0, (Part(1, 1, "d_ff"),))], 2)
     check_tp("norm", [Replicate()], 3)
+
+
+@pytest.mark.parametrize(
+    ("size", "world", "starts"),
+    [
+        # few rows a rank: as even as it goes
+        (23, 4, [0, 5, 11, 17]),
+        (3, 3, [0, 1, 2]),
+        (127, 2, [0, 63]),
+        # 64 rows a rank and more: boundaries at multiples of 16, below the even ones
+        (128, 2, [0, 64]),
+        (320, 4, [0, 80, 160, 240]),
+        (330, 4, [0, 80, 160, 240]),
+        (50277, 2, [0, 25136]),
+        (50277, 4, [0, 12560, 25136, 37696]),
+        (50277, 3, [0, 16752, 33504]),
+    ],
+)
+def test_a_vocabulary_is_cut_into_neighbours_without_a_made_up_row(size, world, starts):
+    part = Part(size, size, "vocab_size", uneven=True)
+    spans = [part.range(world, rank) for rank in range(world)]
+    assert [start for start, _ in spans] == starts
+    assert [start + n for start, n in spans] == [*starts[1:], size]
+
+
+@given(st.integers(1, 300_000), st.integers(1, 64))
+def test_a_vocabularys_shares_are_whole_and_nearly_even(size, world):
+    part = Part(size, size, "vocab_size", uneven=True)
+    if size < world:
+        assert not part.is_legal(world)
+        return
+    spans = [part.range(world, rank) for rank in range(world)]
+    assert [start for start, _ in spans] == [sum(n for _, n in spans[:r]) for r in range(world)]
+    assert sum(n for _, n in spans) == size
+    lengths = [n for _, n in spans]
+    assert min(lengths) >= 1
+    # a boundary moves by less than 16 rows
+    assert max(lengths) - min(lengths) <= 32
+
+
+def test_a_vocabulary_smaller_than_the_ranks_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"embed: tp=4 must not exceed vocab_size \(3\)\. Use tp="
+    ):
+        check_tp("embed", [Split(0, (Part(3, 3, "vocab_size", uneven=True),))], 4)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_join_undoes_an_uneven_shard(world):
+    cut, full = Split(0, (Part(330, 330, "vocab_size", uneven=True),)), torch.randn(330, 2)
+    shards = [cut.shard("embed.weight", full, world, rank) for rank in range(world)]
+    for rank, shard in enumerate(shards):
+        shapes = cut.local_shapes("embed.weight", full.shape, world, rank)
+        assert {k: tuple(t.shape) for k, t in shard.items()} == shapes
+    assert torch.equal(cut.join("embed.weight", shards), full)
