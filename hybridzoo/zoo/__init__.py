@@ -81,6 +81,8 @@ def find_config(source: str | Path, *, revision: str | None = None) -> HybridCon
     """
     entry = _entry(source)
     if entry is not None:
+        if revision is not None:
+            raise _without_revision(source, revision)
         return entry.config
     repo = _repository(source, revision)
 
@@ -184,19 +186,21 @@ def _repository(source: str | Path, revision: str | None) -> str | None:
     if is_one and not Path(source).exists() and not Path(source).parent.is_dir():
         return str(source)
     if revision is not None:
-        raise ConfigError(
-            f"revision: {source} has none ({revision}); the hub's repositories have. Leave it out."
-        )
+        raise _without_revision(source, revision)
     return None
+
+
+def _without_revision(source: str | Path, revision: str) -> ConfigError:
+    return ConfigError(
+        f"revision: {source} is here and has none ({revision}); repositories on the hub have. "
+        "Leave it out."
+    )
 
 
 def _weights_of(entry: ModelEntry, revision: str | None) -> Path:
     if entry.has_weights:
         if revision is not None:
-            raise ConfigError(
-                f"revision: {entry.name} is in the package ({revision}); repositories on the hub "
-                "have revisions. Leave it out."
-            )
+            raise _without_revision(entry.name, revision)
         return entry.weights_path
     if entry.front.hub is not None:
         from hybridzoo.zoo.cache import cached

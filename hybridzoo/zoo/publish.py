@@ -20,7 +20,7 @@ from hybridzoo.checkpoint.golden import plain_files
 from hybridzoo.checkpoint.io import GOLDEN, INDEX_FILE, SUMS
 from hybridzoo.checkpoint.reader import resolve
 from hybridzoo.checkpoint.verify import verify
-from hybridzoo.errors import CheckpointError, HubError
+from hybridzoo.errors import CheckpointError, ConfigError, HubError
 from hybridzoo.options import shown
 from hybridzoo.zoo import client
 from hybridzoo.zoo.cache import PICKLED, WEIGHTS, is_pickle
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from hybridzoo.model import HybridLM
 
 README = "README.md"
+# those of verify that need no arithmetic of the model
+_CHEAP = ("files", "tensors", "checksums", "tokenizer")
 # PyTorch's archives and the pickles of protocols 2 to 5, whatever they are called
 _PICKLED = re.compile(rb"PK\x03\x04|\x80[\x02-\x05]")
 _SECRET_NAMES = re.compile(
@@ -128,19 +130,30 @@ def publish(
     return plan if dry_run else _upload(directory, plan, revision, message)
 
 
-def push(model: HybridLM, repo: str, *, tokenizer: str | Path | None = None, **options: Any) -> Any:
-    """Publish a model in memory; options as in publish, `license` for its card.
+def push(
+    model: HybridLM, repo: str, *, tokenizer: str | Path | None = None, **options: Any
+) -> Published:
+    """Publish a model in memory.
 
-    Under tensor parallelism every rank calls it and rank 0 publishes.
+    Args:
+        model: whole, on one process.
+        repo: owner/name.
+        tokenizer: as of checkpoint.save.
+        options: of publish; `license` for the card.
+
+    Raises:
+        ConfigError: the model is spread over ranks.
+        CheckpointError, HubError: as of publish.
     """
+    place = model.parallel
+    if any(axis.world > 1 for axis in (place.tp, place.ep, place.pp, place.dp)):
+        raise ConfigError(
+            "push_to_hub: the model is spread over ranks; one process publishes. Save it with "
+            "save_pretrained on every rank, then run `hybridzoo publish` on the directory."
+        )
     with TemporaryDirectory() as folder:
         save(model, folder, tokenizer=tokenizer)
-        if model.parallel.tp.rank == 0:
-            return publish(folder, repo, **options)
-    return None
-
-
-_CHEAP = ("files", "tensors", "checksums", "tokenizer")
+        return publish(folder, repo, **options)
 
 
 def _refuse_name(path: Path) -> None:

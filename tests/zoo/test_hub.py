@@ -196,6 +196,8 @@ def test_fault_is_one_sentence_and_the_next_download_is_right(
     assert re.search(message, err), err
     sentences = [line for line in err.splitlines() if line.startswith("hybridzoo: ")]
     assert sentences == err.splitlines()[-1:]
+    # seconds: nobody is kept waiting for an hour without a word
+    assert max(waits, default=0) <= 120
     # the owner mends it
     server.faults.clear()
     server.listed_oids.clear()
@@ -479,6 +481,8 @@ def test_revision_of_what_has_none_is_refused(server, source):
     for name in ("shakespeare", str(source)):
         with pytest.raises(ConfigError, match=r"^revision: .* \(v1\); .*Leave it out"):
             load(name, revision="v1")
+    with pytest.raises(ConfigError, match=r"^revision: mamba-130m is here and has none"):
+        find_config("mamba-130m", revision="v1")
 
 
 def test_token_goes_to_the_hub_and_into_no_sentence(server, files, run):

@@ -8,9 +8,10 @@ import torch
 from huggingface_hub import constants
 
 from hybridzoo import HybridConfig, HybridLM, load
-from hybridzoo.errors import CheckpointError, HubError
+from hybridzoo.comm import Axis, Parallel
+from hybridzoo.errors import CheckpointError, ConfigError, HubError
 from hybridzoo.zoo.card import Card
-from hybridzoo.zoo.publish import publish, push
+from hybridzoo.zoo.publish import publish
 from tests.zoo.conftest import CONFIG
 
 REPO = "org/small"
@@ -210,5 +211,14 @@ def test_busy_storage_is_tried_again(server, source, waits):
 
 def test_model_in_memory_is_published(server):
     model = HybridLM(HybridConfig.from_dict(CONFIG), seed=7)
-    push(model, REPO, license="mit")
+    model.push_to_hub(REPO, license="mit")
+    assert server.repos[REPO].private
     assert torch.equal(load(REPO).embed.weight, model.embed.weight)
+
+
+def test_model_that_is_spread_is_published_from_its_directory(server):
+    model = HybridLM(HybridConfig.from_dict(CONFIG), device="meta")
+    model.parallel = Parallel(dp=Axis(rank=0, world=2))
+    with pytest.raises(ConfigError, match="push_to_hub: the model is spread over ranks"):
+        model.push_to_hub(REPO, license="mit")
+    assert server.requests == []
