@@ -137,7 +137,8 @@ class PipelineEngine(DataEngine):
     def step(self, batches: Sequence[Batch], lr: float) -> Outcome:
         """As Engine's; every rank has as many parts, of one shape, those of one dp the same."""
         dp, moved = self.parallel.dp, [self.moved(b) for b in batches]
-        n_targets = over(dp, sum((b["labels"] != IGNORE).sum() for b in moved)).clamp(min=1)
+        counts = torch.stack([(b["labels"] != IGNORE).sum() for b in moved])
+        n_targets = over(dp, counts.sum()).clamp(min=1)
         if moved[0]["input_ids"].shape != self._shape:
             # DeepSpeed keeps the memory that the stream is received in
             self.engine.reset_activation_shape()
@@ -201,7 +202,7 @@ class _Part(nn.Module):
         """The batches of the next forwards, in their order, and the labels of all ranks'."""
         self._batches, self._n_targets = iter(batches), n_targets
         # nats and aux of a label, of this stage
-        self.sums = torch.zeros(2, device=self.model.device)
+        self.sums = torch.zeros(2, dtype=torch.float64, device=self.model.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """Ids (b, l) or the stream (b, l, d) -> the stream, or the last stage's loss."""
