@@ -15,7 +15,7 @@ from torch import Tensor
 from hybridzoo.checkpoint.copies import checksum
 from hybridzoo.checkpoint.crew import Crew
 from hybridzoo.checkpoint.layout import Blocks, Box, Held, held, pieces, shape_of
-from hybridzoo.checkpoint.shard import DTYPE_NAMES
+from hybridzoo.checkpoint.shard import DTYPE_NAMES, DTYPES
 from hybridzoo.checkpoint.writer import Writer
 from hybridzoo.comm import Axis
 from hybridzoo.errors import CheckpointError
@@ -72,6 +72,8 @@ class Spread:
         tp, ep = parallel.tp, parallel.ep
         self.claims = crew.gather(Claim((tp.rank, tp.world), (ep.rank, ep.world), dtypes))
         self.dtypes = self._agreed_dtypes()
+        # the same on every rank, whichever parameters it holds
+        self.places = {name: i for i, name in enumerate(self.params)}
         self.holders = self._find_holders()
 
     def dtype(self, name: str) -> str:
@@ -101,7 +103,7 @@ class Spread:
         values = values or {"": self.weights}
         sums: dict[tuple[str, Box], int] = {}
         failure: OSError | CheckpointError | None = None
-        for index, (name, (p, names)) in enumerate(self.mine.items()):
+        for name, (p, names) in self.mine.items():
             tp, ep = self.model.parallel.tp, self.model.parallel.ep
             parts = held(p, next(iter(names)), tp, ep)
             for (piece, local), (ending, value) in product(names.items(), values.items()):
@@ -112,22 +114,36 @@ class Spread:
                     try:
                         _check_shape(local, tensor, parts[piece])
                         for part in parts[piece]:
-                            ranks = self.holders[name, part.box]
-                            if len(ranks) > 1:
+                            if len(self.holders[name, part.box]) > 1:
                                 sums[name + ending, part.box] = checksum(part.of(tensor.detach()))
-                            share = _share(
-                                part,
-                                tensor,
-                                (ranks.index(self.crew.rank) - index) % len(ranks),
-                                len(ranks),
-                            )
-                            for found in pieces(blocks[name + ending], share, tensor):
+                            mine = self._share(name, part)
+                            for found in pieces(blocks[name + ending], mine, tensor):
                                 writer.put(found)
                     except (OSError, CheckpointError) as error:
                         failure = error
         if failure is not None:
             raise failure
         return sums
+
+    def _share(self, name: str, part: Held) -> list[Held]:
+        """The rows of a box that this rank writes of all that hold it; a small box has one writer.
+
+        Such boxes take turns: the second parameter is its second holder's.
+        """
+        ranks, n_rows = (
+            self.holders[name, part.box],
+            part.box[0][1] - part.box[0][0] if part.box else 1,
+        )
+        n_bytes = _n_elements(part.box) * DTYPES[self.dtypes[name]].itemsize
+        n = min(len(ranks), n_rows, -(-n_bytes // _SHARE_BYTES))
+        place = (ranks.index(self.crew.rank) - self.places[name]) % len(ranks)
+        if place >= n:
+            return []
+        if n == 1:
+            return [part]
+        (start, _), row = part.box[0], part.at[0]
+        low, high = (n_rows * i // n for i in (place, place + 1))
+        return [Held(((start + low, start + high), *part.box[1:]), (row + low, *part.at[1:]))]
 
     @contextmanager
     def _own(self, local: str) -> Iterator[Tensor]:
@@ -178,16 +194,3 @@ def _check_shape(local: str, tensor: Tensor, parts: Sequence[Held]) -> None:
             f"{local}: {tuple(tensor.shape)}, the config wants {shape} here; they must agree. Save "
             "with the config that the model was built from."
         )
-
-
-def _share(part: Held, tensor: Tensor, place: int, n_holders: int) -> list[Held]:
-    """The rows of a box that one of its holders writes; a small box has fewer writers."""
-    n_bytes = _n_elements(part.box) * tensor.element_size()
-    n = min(n_holders, -(-n_bytes // _SHARE_BYTES))
-    if place >= n:
-        return []
-    if n == 1:
-        return [part]
-    (start, stop), row = part.box[0], part.at[0]
-    low, high = ((stop - start) * i // n for i in (place, place + 1))
-    return [Held(((start + low, start + high), *part.box[1:]), (row + low, *part.at[1:]))]

@@ -1,0 +1,266 @@
+"""What the ranks of the parallel tests run: a stack of every kind, laid out over them somehow."""
+
+import errno
+import os
+import signal
+import time
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from hybridzoo.checkpoint import load, open_source, save
+from hybridzoo.checkpoint.layout import load_into
+from hybridzoo.checkpoint.transfer import OpenFile
+from hybridzoo.config import HybridConfig
+from hybridzoo.errors import CheckpointError
+from hybridzoo.layers.init import seeded
+from hybridzoo.model import HybridLM
+from hybridzoo.parallel import groups
+
+LAYOUTS = {
+    "tp2": {"tp": 2},
+    "pp2": {"pp": 2},
+    "ep2": {"ep": 2},
+    "dp2": {},
+    "tp4": {"tp": 4},
+    "tp2-pp2": {"tp": 2, "pp": 2},
+    "tp2-ep2": {"tp": 2, "ep": 2},
+    "pp2-ep2": {"pp": 2, "ep": 2},
+    "ep2-dp2": {"ep": 2},
+}
+WORLDS = {name: 4 if name.count("2") == 2 or "4" in name else 2 for name in LAYOUTS}
+
+OPTIONS = {
+    "d_model": 16,
+    # not divisible: ranks hold different numbers of rows
+    "vocab_size": 23,
+    "pattern": "M W S E A F G E W F",
+    "layers": {
+        "M": {"kind": "mamba1", "d_inner": 24, "in_proj_bias": True},
+        "S": {"kind": "mamba2", "d_state": 4, "head_dim": 4, "n_groups": 1},
+        "G": {"kind": "mamba2", "d_state": 4, "head_dim": 4, "n_groups": 4},
+        "A": {"kind": "attention", "n_heads": 4, "n_kv_heads": 2, "qkv_bias": True},
+        "F": {"kind": "mlp", "d_ff": 12, "bias": True},
+        "E": {
+            "kind": "moe",
+            "d_ff": 8,
+            "n_experts": 6,
+            "top_k": 2,
+            "shared_d_ff": 12,
+            "correction_bias": True,
+        },
+        "W": {"shared": "tail"},
+    },
+    "shared": {"tail": {"kind": "mlp", "d_ff": 8}},
+    "tie_embeddings": False,
+}
+
+
+def make_config(**change):
+    return HybridConfig.from_dict(OPTIONS | change)
+
+
+@torch.no_grad()
+def make_model(dtype=torch.float32, **change):
+    """One process's model in which no two elements are alike."""
+    model = HybridLM(make_config(**change), dtype=dtype, init=False)
+    for name, p in model.named_parameters():
+        p.copy_(torch.randn(p.shape, generator=seeded(3, name)))
+    return model
+
+
+@cache
+def axes(layout):
+    return groups.init(**LAYOUTS[layout])
+
+
+def stage_of(parallel, config):
+    n, pp = len(config.places), parallel.pp
+    return range(n * pp.rank // pp.world, n * (pp.rank + 1) // pp.world)
+
+
+def opened(layout, directory, **options):
+    """This rank's part of a checkpoint."""
+    parallel = axes(layout)
+    stage = stage_of(parallel, open_source(directory).config)
+    return load(directory, parallel=parallel, stage=stage, **options)
+
+
+def parts_of(model, full):
+    """Name in this rank's model -> what of the whole parameters, by name, belongs there."""
+    found, tp, ep = {}, model.parallel.tp, model.parallel.ep
+    for name, p, names in model.local_names():
+        tensor = full[name]
+        if p.experts:
+            # experts in a row, the first ones on the first rank
+            tensor = tensor.chunk(ep.world)[ep.rank]
+        shards = p.cut.shard(next(iter(names)), tensor, tp.world, tp.rank)
+        found |= {names[piece]: shard for piece, shard in shards.items()}
+    return found
+
+
+def loads_and_saves(_, layout, source, full, target, options):
+    """Loads, compares with the parameters in full, and saves again."""
+    model = opened(layout, source)
+    wanted = parts_of(model, full)
+    assert wanted.keys() == {n for n, _ in model.named_parameters()}
+    for name, want in wanted.items():
+        assert torch.equal(model.get_parameter(name), want), name
+    save(model, target, **options)
+
+
+def counts_reads(_, layout, source):
+    """Bytes read for the parameters, and bytes of the parameters."""
+    parallel, read = axes(layout), []
+    opened_source = open_source(source)
+    config = opened_source.config
+    dtype = opened_source.main_dtype()
+    stage = stage_of(parallel, config)
+    model = HybridLM(config, parallel=parallel, stage=stage, dtype=dtype, init=False)
+    with replaced(
+        OpenFile, "read", lambda own: lambda self, at, to: (read.append(len(to)), own(self, at, to))
+    ):
+        load_into(model, opened_source)
+    return sum(read), sum(p.nbytes for p in model.parameters())
+
+
+def counts_writes(_, layout, source, target):
+    """(offset, length) of every write."""
+    model, written = opened(layout, source), []
+
+    def counted(own):
+        def pwrite(fd, data, at):
+            written.append((os.readlink(f"/proc/self/fd/{fd}"), at, len(data)))
+            return own(fd, data, at)
+
+        return pwrite
+
+    with replaced(os, "pwrite", counted):
+        save(model, target)
+    return written
+
+
+@contextmanager
+def replaced(owner, name, change):
+    """Replaces a function, by what `change` makes of it, for a while."""
+    own = getattr(owner, name)
+    setattr(owner, name, change(own))
+    try:
+        yield
+    finally:
+        setattr(owner, name, own)
+
+
+def save_that_fails(parallel, layout, source, target, rank, function):
+    """What save says where a function of the system fails on one rank; the time it took."""
+    model = opened(layout, source)
+
+    def failing(own):
+        def fail(*args):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        return fail if parallel.tp.rank == rank else own
+
+    start = time.monotonic()
+    with replaced(os, function, failing):
+        try:
+            save(model, target)
+        except CheckpointError as error:
+            return str(error), time.monotonic() - start
+    return "", 0
+
+
+def save_that_is_killed(parallel, layout, source, target, rank, function, count):
+    """A rank dies at its count-th call of a function."""
+    model = opened(layout, source)
+    calls = 0
+
+    def deadly(own):
+        def call(*args, **options):
+            nonlocal calls
+            calls += 1
+            if calls == count and parallel.tp.rank == rank:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return own(*args, **options)
+
+        return call
+
+    with replaced(os, function, deadly):
+        save(model, target)
+
+
+def save_with_a_slow_rank(parallel, layout, source, target, rank):
+    """The files as this rank sees them right after its save."""
+    model = opened(layout, source)
+
+    def slow(own):
+        def pwrite(*args):
+            if parallel.tp.rank == rank:
+                time.sleep(0.02)
+            return own(*args)
+
+        return pwrite
+
+    with replaced(os, "pwrite", slow):
+        save(model, target)
+    return contents(target)
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in sorted(Path(directory).iterdir())}
+
+
+def save_with_other_copies(parallel, layout, source, target, rank, name):
+    """What save says where a rank's copy of a parameter has another last bit."""
+    model = opened(layout, source)
+    found = {n: local for n, _, names in model.local_names() for local in names.values()}
+    if parallel.tp.rank == rank:
+        with torch.no_grad():
+            flat = model.get_parameter(found[name]).view(-1).view(torch.int32)
+            flat[-1] ^= 1
+    try:
+        save(model, target)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def partitioned(model, axis):
+    """As ZeRO-3 has it: each data-parallel rank holds a part; `weights` puts them together."""
+    parts = {}
+    for name, p in model.named_parameters():
+        flat = torch.zeros(-(-p.numel() // axis.world) * axis.world, dtype=p.dtype)
+        flat[: p.numel()] = p.detach().view(-1)
+        parts[name] = flat.chunk(axis.world)[axis.rank].clone(), p.shape
+        p.data = torch.empty(0, dtype=p.dtype)
+
+    @contextmanager
+    def weights(name):
+        mine, shape = parts[name]
+        whole = torch.empty(mine.numel() * axis.world, dtype=mine.dtype)
+        dist.all_gather_into_tensor(whole, mine, group=axis.group)
+        yield whole[: shape.numel()].view(shape)
+
+    return weights
+
+
+def saves_partitioned(parallel, layout, source, target, failing):
+    """Saves under ZeRO-3; a rank's disk may be full."""
+    model = opened(layout, source)
+    weights = partitioned(model, model.parallel.dp)
+
+    def full(own):
+        def pwrite(*args):
+            raise OSError(errno.ENOSPC, "full")
+
+        return pwrite if parallel.tp.rank == failing else own
+
+    with replaced(os, "pwrite", full):
+        try:
+            save(model, target, weights=weights)
+        except CheckpointError as error:
+            return str(error)
+    return ""
