@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Annotated
@@ -27,6 +28,7 @@ from hybridzoo.arguments import (
     write,
 )
 from hybridzoo.errors import CheckpointError, ConfigError, HybridzooError
+from hybridzoo.launcher import is_launched
 
 app = typer.Typer(
     add_completion=False,
@@ -39,9 +41,15 @@ def main() -> None:
     """Run the command line; a user's mistake is one sentence on stderr and exit code 2."""
     is_debug = "--debug" in sys.argv
     arguments = [a for a in sys.argv[1:] if a != "--debug"] or ["--help"]
+    mistakes = (HybridzooError, OSError, UsageError)
+    command = partial(app, arguments, prog_name="hybridzoo", standalone_mode=False)
+    if is_launched():
+        from hybridzoo.parallel.launched import run
+
+        run(command, sentence, mistakes, is_debug=is_debug)
     try:
-        sys.exit(app(arguments, prog_name="hybridzoo", standalone_mode=False))
-    except (HybridzooError, OSError, UsageError) as error:
+        sys.exit(command())
+    except mistakes as error:
         if is_debug:
             raise
         typer.echo(f"hybridzoo: {sentence(error)}", err=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar, cast
 
+import torch
 import torch.distributed as dist
 
 from hybridzoo.errors import HybridzooError
@@ -17,9 +18,24 @@ def exchange(value: T) -> list[T]:
     """Every rank's value, in order; in a process of its own that one."""
     if not dist.is_initialized():
         return [value]
-    found: list[T | None] = [None] * dist.get_world_size()
+    found: list[T | None] = [None] * world()
     dist.all_gather_object(found, value)
     return cast(list[T], found)
+
+
+def rank() -> int:
+    """This process's number among all ranks; 0 in a process of its own."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """All ranks."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this rank does what is done once."""
+    return rank() == 0
 
 
 @contextmanager
@@ -29,7 +45,7 @@ def agreed() -> Iterator[None]:
     So no rank goes on and waits for one that gave up.
 
     Raises:
-        HybridzooError: the first rank's that has one, as `rank 3: ...` where there are several.
+        HybridzooError: the first that has one; as `rank 3: ...` where others have none, or another.
     """
     error = None
     try:
@@ -38,19 +54,33 @@ def agreed() -> Iterator[None]:
         if not dist.is_initialized():
             raise
         error = caught
-    for rank, first in enumerate(exchange(error)):
-        if first is not None:
-            text = str(first)
-            # blocks may lie inside each other
-            raise type(first)(text if text.startswith("rank ") else f"rank {rank}: {text}")
+    errors = exchange(error)
+    first = next(((i, e) for i, e in enumerate(errors) if e is not None), None)
+    if first is None:
+        return
+    origin, known = first
+    text = str(known)
+    # what every rank says needs no number
+    if any(str(e) != text for e in errors):
+        text = f"rank {origin}: {text}"
+    raise type(known)(text) from error
 
 
 def from_first(make: Callable[[], T]) -> T:
     """What `make` returns on rank 0, which alone calls it, on every rank; its error too."""
     made: list[T | None] = [None]
     with agreed():
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if is_first():
             made = [make()]
     if dist.is_initialized():
         dist.broadcast_object_list(made, src=0)
     return cast(T, made[0])
+
+
+def lowest(number: int, device: torch.device) -> int:
+    """The least of every rank's numbers; one small collective."""
+    if not dist.is_initialized():
+        return number
+    found = torch.tensor(number, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MIN)
+    return int(found)

@@ -56,14 +56,16 @@ def run(
         _exit(130)
     except Exception as error:
         if _is_of_contact(error):
-            leave_lost(error if is_debug else None, is_silent="imed out" in str(error))
+            _is_told(PATIENCE_S)
+            is_silent = "imed out" in str(error)
+            _say(_SILENT if is_silent else _LOST, error if is_debug else None)
+            _exit(1)
         _leave(f"{type(error).__name__}: {error}", 1, error)
 
 
-def leave_lost(error: Exception | None = None, *, is_silent: bool = False) -> NoReturn:
-    """End this rank because another did, or does not answer."""
-    _is_told(PATIENCE_S)
-    _say(_SILENT if is_silent else _LOST, error)
+def lose() -> NoReturn:
+    """End this rank at once, from any thread, because another one died."""
+    _say(_LOST, None)
     _exit(1)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,14 +87,6 @@ class Average:
         """Take in the weights after update number `n`, counted from 1."""
         weight = 1 - min(self.decay, (1 + n) / (10 + n))
         torch._foreach_lerp_(list(self.tensors.values()), list(self.params.values()), weight)
-
-    def read(self, name: str, slot: str) -> Tensor:
-        """The average of a parameter; `slot` is the one of AVERAGE."""
-        return self.tensors[name]
-
-    def write(self, name: str, values: dict[str, Tensor]) -> None:
-        """Set the average of a parameter, the one value of AVERAGE."""
-        self.tensors[name].copy_(*values.values())
 
     @contextmanager
     @torch.no_grad()

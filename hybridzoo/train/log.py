@@ -70,6 +70,22 @@ class Log:
         self._file.close()
 
 
+class Silence(Log):
+    """The log of every rank but the first: none."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, record: Record) -> None:
+        """Nothing."""
+
+    def say(self, line: str) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def read_log(path: Path) -> list[Record]:
     """The records of a log.jsonl; lines that a kill or a power cut damaged are left out."""
     if not path.is_file():

@@ -6,28 +6,34 @@ import hashlib
 import math
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
+from hybridzoo.comm import SINGLE, Parallel
 from hybridzoo.errors import ConfigError
-from hybridzoo.parallel import optim
-from hybridzoo.parallel.loss import expert_loads, loss
+from hybridzoo.parallel import groups
+from hybridzoo.parallel.agree import agreed, from_first, is_first, lowest
+from hybridzoo.parallel.engine import SLOTS, Outcome, initialize
+from hybridzoo.parallel.loss import Batch
+from hybridzoo.parallel.optim import AVERAGE, Average, lr_at
 from hybridzoo.parallel.recipe import Recipe
 from hybridzoo.train import snapshot
-from hybridzoo.train.data import IGNORE, Batch
 from hybridzoo.train.documents import Split
+from hybridzoo.train.held_out import held_out
 from hybridzoo.train.interrupt import interruptible
-from hybridzoo.train.log import Log, Record, plot
-from hybridzoo.train.setup import describe, pick_device, start
+from hybridzoo.train.log import Log, Record, Silence, plot
+from hybridzoo.train.setup import check_ranks, describe, find, pick_device, start
+from hybridzoo.train.slots import load_slots, save_slots
 
 MAX_SKIPPED = 10
+# what no signal's number reaches
+_NONE = 1 << 10
 
 
 def train(recipe: Recipe, *, resume: bool = False, console: Console | None = None) -> Path:
@@ -37,14 +43,17 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     newest), best/ (the weights of the lowest held-out loss), log.jsonl and loss.png. On the CPU a
     resumed run computes the same bits as one that was never cut off.
 
+    Under a launcher (torchrun, deepspeed, srun) every rank calls it; all see the directory.
+
     Args:
         recipe: what to do.
         resume: go on from the newest intact checkpoint in the directory, or from the start if it
-            has none.
-        console: where progress goes; default is stderr.
+            has none; the ranks may be others, and laid out in another way.
+        console: where rank 0's progress goes; default is stderr.
 
     Returns:
-        The last checkpoint. After SIGTERM that is an early one: the step is finished and saved.
+        The last checkpoint. After SIGTERM, on any rank, that is an early one: the step is finished
+        and saved.
 
     Raises:
         ConfigError: the recipe cannot work, changed since the checkpoint, or diverged.
@@ -52,131 +61,151 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
             into the directory.
         SystemExit: 130 after SIGINT, once the step is finished and saved.
     """
-    console = console or Console(stderr=True)
+    console, spread = console or Console(stderr=True), recipe.parallel
+    parallel = groups.init(
+        tp=spread.tp,
+        pp=spread.pp,
+        ep=spread.ep,
+        sequence_parallel=spread.sequence_parallel,
+        timeout_s=spread.timeout_s,
+        device=pick_device(recipe),
+    )
     devices = list(range(torch.cuda.device_count()))
+    if parallel is not SINGLE and torch.cuda.is_available():
+        # another rank's device is not this one's to touch
+        devices = [torch.cuda.current_device()]
     with snapshot.held(Path(recipe.output)), torch.random.fork_rng(devices=devices):
-        trainer = Trainer(recipe, resume, console)
+        trainer = Trainer(recipe, resume, console, parallel)
         with interruptible() as caught:
             last = trainer.run(caught)
-    if caught:
-        name = signal.Signals(caught[0]).name
+    if trainer.signal is not None:
+        name = trainer.signal.name
         trainer.notice(f"{name}: stopped after step {trainer.step}; resume from {last}.")
-    if signal.SIGINT in caught:
+    if trainer.signal == signal.SIGINT:
         raise SystemExit(130)
     return last
 
 
-@dataclass
-class Outcome:
-    """What one step gave: its loss and balance loss in nats, its gradient norm, its labels."""
-
-    nats: Tensor
-    aux: Tensor
-    norm: Tensor
-    n_targets: int
-
-
 class Trainer:
-    """One run: the model, its optimizer and average, and where it stands.
+    """One run: the model, its engine and average, and where it stands.
 
     Args:
         recipe: what to do.
         resume: as in `train`.
         console: as in `train`.
+        parallel: this process's place among the ranks.
     """
 
-    def __init__(self, recipe: Recipe, resume: bool, console: Console) -> None:
-        self.recipe, self.root, self.console = recipe, Path(recipe.output), console
+    def __init__(
+        self, recipe: Recipe, resume: bool, console: Console, parallel: Parallel = SINGLE
+    ) -> None:
+        self.recipe, self.root, self.parallel = recipe, Path(recipe.output), parallel
+        self.console = console if is_first() else Console(quiet=True)
         self.device = pick_device(recipe)
         self.step, self.best, self.skipped = 0, math.inf, 0
-        found = self._find(resume)
-        self.start = start(recipe, self.device, None if found is None else found[0])
+        self.signal: signal.Signals | None = None
+        # the step of the last checkpoint; labels since the last record, and when that was
+        self._saved, self._seen, self._since = 0, 0, 0.0
+        with agreed():
+            check_ranks(recipe, parallel)
+        found = from_first(lambda: find(recipe, resume, self.notice))
+        with agreed():
+            at = None if found is None else found[0]
+            self.start = start(recipe, self.device, parallel, at)
         self.model, self.data = self.start.model, self.start.data
-        self.params = {k: p for group in optim.decay_groups(self.model) for k, p in group.items()}
-        self.optimizer = optim.build_optimizer(self.model, recipe)
-        self.average = optim.Average(self.params, recipe.ema) if recipe.ema else None
+        self.engine = initialize(self.model, recipe)
+        self.average = Average(self.engine.params, recipe.ema) if recipe.ema else None
         if found is not None:
-            self._restore(*found)
+            with agreed():
+                self._restore(*found)
         if recipe.compile:
-            for block in self.model.blocks:
-                block.compile()
-        # nothing is written before all that can be refused has been
-        self.root.mkdir(parents=True, exist_ok=True)
-        self.log = Log(self.root, console, recipe.steps, self.step)
+            for i in self.model.stage:
+                self.model.blocks[i].compile()
+        self.log: Log = Silence()
+        if is_first():
+            # nothing is written before all that can be refused has been
+            self.root.mkdir(parents=True, exist_ok=True)
+            self.log = Log(self.root, console, recipe.steps, self.step)
 
     def run(self, caught: list[int]) -> Path:
-        """Train to the last step, or until `caught` holds a signal; returns the last checkpoint."""
-        recipe, saved = self.recipe, self.step if self.step else None
+        """Train to the last step, or until `caught` holds a signal; returns the last checkpoint.
+
+        Args:
+            caught: signals that came to this rank; those of others count too.
+        """
+        recipe = self.recipe
         for line in describe(self.model, recipe, self.device):
             self.log.say(line)
-        try:
-            batches, since, seen = self._batches(self.step), time.perf_counter(), 0
-            while self.step < recipe.steps and not caught:
-                outcome = self._compute(batches)
-                # the next batch is made while the GPU works
-                batches = self._batches(self.step + 1)
-                record = self._update(outcome)
-                self.step += 1
-                seen += outcome.n_targets
-                is_end = self.step == recipe.steps
-                if "skipped" in record or is_end or self.step % recipe.log_every == 0:
-                    now = time.perf_counter()
-                    self.log.write({**record, "tokens_per_s": round(seen / (now - since))})
-                    since, seen = now, 0
-                if recipe.eval_every and (is_end or self.step % recipe.eval_every == 0):
-                    self._evaluate()
-                    since = time.perf_counter()
-                if self.step % recipe.save_every == 0:
+        self._since, self._seen = time.perf_counter(), 0
+        # the next step's batches are made while the GPU works on this one's
+        with ThreadPoolExecutor(1) as pool:
+            try:
+                coming = pool.submit(self._batches, self.step)
+                while self.step < recipe.steps and not self._is_stopped(caught):
+                    batches = coming.result()
+                    coming = pool.submit(self._batches, self.step + 1)
+                    self._advance(batches)
+                if self._saved != self.step:
                     self._save()
-                    saved, since = self.step, time.perf_counter()
-            if saved != self.step:
-                self._save()
-            if not plot(self.log.path, self.root / "loss.png"):
-                self.log.say("loss.png: not drawn, matplotlib is missing; pip install matplotlib.")
-        finally:
-            self.log.close()
+                self._is_stopped(caught)
+                if is_first() and not plot(self.log.path, self.root / "loss.png"):
+                    missing = "matplotlib is missing; pip install matplotlib."
+                    self.log.say(f"loss.png: not drawn, {missing}")
+            finally:
+                self.log.close()
         return self.root / snapshot.name_of(self.step)
 
-    def _compute(self, batches: list[Batch]) -> Outcome:
-        """Gradients of one step's batch, part by part."""
-        self.model.train()
-        # dropout too is a function of (seed, step): a resume needs no generator's state
-        torch.manual_seed(_step_seed(self.recipe.seed, self.step))
-        n_targets = max(1, sum(int((b["labels"] != IGNORE).sum()) for b in batches))
-        nats = aux = torch.zeros((), device=self.device)
-        for batch in batches:
-            with self._precision():
-                share, metrics = loss(self.model, _move(batch, self.device), n_targets)
-            share.backward()
-            nats = nats + metrics["nats"] / n_targets
-            aux = aux + metrics["aux"] * metrics["n_targets"] / n_targets
-        limit = math.inf if self.recipe.clip_norm is None else self.recipe.clip_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.params.values(), limit)
-        return Outcome(nats, aux, norm, n_targets)
+    def _advance(self, batches: list[Batch]) -> None:
+        """One step, and what is due after it: a record, an evaluation, a checkpoint."""
+        recipe, outcome = self.recipe, self._update(batches)
+        self._seen += outcome.n_targets
+        is_end = self.step == recipe.steps
+        if not outcome.is_applied or is_end or self.step % recipe.log_every == 0:
+            now = time.perf_counter()
+            self.log.write(self._record(outcome, round(self._seen / (now - self._since))))
+            self._since, self._seen = now, 0
+        if recipe.eval_every and (is_end or self.step % recipe.eval_every == 0):
+            self._evaluate()
+            self._since = time.perf_counter()
+        if self.step % recipe.save_every == 0:
+            self._save()
+            self._since = time.perf_counter()
 
-    def _update(self, outcome: Outcome) -> Record:
-        """Apply the gradients, unless they are not finite; returns the step's record."""
-        lr = optim.lr_at(self.recipe, self.step)
-        # one transfer, the only wait for the GPU in a step
-        nats, aux, norm = torch.stack([outcome.nats, outcome.aux, outcome.norm]).tolist()
-        record: Record = {"step": self.step + 1, "lr": lr}
-        if math.isfinite(nats + aux) and math.isfinite(norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
-            if self.average is not None:
-                self.average.update(self.step + 1)
+    def _is_stopped(self, caught: list[int]) -> bool:
+        """Whether a signal came to any rank; at a step's end, so that all stop after the same."""
+        number = min(caught, default=0) if caught else _NONE
+        if self.parallel is not SINGLE:
+            number = lowest(number, self.device)
+        if 0 < number < _NONE:
+            self.signal = signal.Signals(number)
+        return number < _NONE
+
+    def _update(self, batches: list[Batch]) -> Outcome:
+        """One step."""
+        torch.manual_seed(_step_seed(self.recipe, self.step, self.parallel))
+        outcome = self.engine.step(batches, lr_at(self.recipe, self.step))
+        self.step += 1
+        if outcome.is_applied:
             self.skipped = 0
+            if self.average is not None:
+                self.average.update(self.step)
+        else:
+            self._skip(outcome.nats + outcome.aux, outcome.norm)
+        return outcome
+
+    def _record(self, outcome: Outcome, speed: int) -> Record:
+        """What the log keeps of a step."""
+        record: Record = {"step": self.step, "lr": lr_at(self.recipe, self.step - 1)}
+        nats, aux, norm = outcome.nats, outcome.aux, outcome.norm
+        if outcome.is_applied:
             record |= {"loss": nats, **self._bits("", "train", nats), "aux": aux, "grad_norm": norm}
         else:
-            self._skip(nats + aux, norm)
             record |= {"skipped": f"loss {nats + aux}, gradient norm {norm}"}
-        self.optimizer.zero_grad(set_to_none=True)
-        return record
+        return {**record, "tokens_per_s": speed}
 
     def _skip(self, value: float, norm: float) -> None:
         self.skipped += 1
-        step = self.step + 1
+        step = self.step
         self.log.say(f"step {step}: loss {value}, gradient norm {norm}; this update is skipped.")
         if self.skipped == MAX_SKIPPED:
             raise ConfigError(
@@ -187,36 +216,21 @@ class Trainer:
     def _evaluate(self) -> None:
         """Held-out loss, of the averaged weights if there are any; the best are kept in best/."""
         with self.average.applied() if self.average else nullcontext():
-            value, loads = self._held_out()
+            value, loads = held_out(self.engine, self.data)
             is_best = value < self.best
             if is_best:
                 self.best = value
-                self.start.save_model(self.root / "best")
+                with agreed():
+                    self.start.save_model(self.root / "best", self._averaged)
         record: Record = {"step": self.step, "val_loss": value, **self._bits("val_", "val", value)}
         record |= {"is_best": is_best} | ({"expert_load": loads} if loads else {})
         self.log.write(record)
 
-    @torch.no_grad()
-    def _held_out(self) -> tuple[float, dict[str, list[float]]]:
-        """Nats a label over the held-out split, and each expert's share of the picks."""
-        self.model.eval()
-        nats, count = torch.zeros((), dtype=torch.float64), 0
-        # eager: the last batch's shape and the hooks would each be compiled anew
-        with expert_loads(self.model) as loads, torch.compiler.set_stance("force_eager"):
-            for batch in self._eval_batches():
-                with self._precision():
-                    _, metrics = loss(self.model, _move(batch, self.device), 1)
-                nats += metrics["nats"].cpu()
-                count += int((batch["labels"] != IGNORE).sum())
-        means = {name: torch.stack(each).mean(0).tolist() for name, each in loads.items()}
-        return nats.item() / max(1, count), means
-
-    def _eval_batches(self) -> Iterator[Batch]:
-        """All of the held-out split, or eval_batches of it at even distances."""
-        n_windows = 2 * self.data.documents("val").n_targets / self.recipe.data.seq_len
-        n_batches = n_windows / self.data.batch_size
-        stride = max(1, int(n_batches / (self.recipe.eval_batches or math.inf)))
-        return (b for i, b in enumerate(self.data.eval_batches("val")) if i % stride == 0)
+    def _averaged(self, name: str) -> AbstractContextManager[Tensor]:
+        """As the engine's `weights`, of the averaged ones if there are any."""
+        if self.average is not None and name in self.average.tensors:
+            return nullcontext(self.average.tensors[name])
+        return self.engine.weights(name)
 
     def _batches(self, step: int) -> list[Batch]:
         n = self.recipe.accumulate
@@ -227,70 +241,49 @@ class Trainer:
         ratio = self.data.documents(split).bytes_per_target
         return {} if ratio is None else {f"{prefix}bits_per_byte": nats / math.log(2) / ratio}
 
-    def _precision(self) -> torch.autocast:
-        is_bf16 = self.recipe.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=is_bf16)
-
-    def _find(self, resume: bool) -> tuple[Path, dict[str, Any]] | None:
-        """The checkpoint to go on from, its plain values; half-written ones are removed."""
-        snapshot.remove_halves(self.root)
-        if not resume:
-            if snapshot.has_any(self.root):
-                raise ConfigError(
-                    f"output: {self.root} already holds checkpoints; a new run needs a directory "
-                    "of its own. Go on with --resume, or choose another."
-                )
-            return None
-        found = snapshot.newest(self.root, self.notice)
-        if found is None:
-            self.notice(f"{self.root}: no checkpoint yet; starting at step 0.")
-            return None
-        key = self.recipe.changed_key(found[1]["recipe"])
-        if key is not None:
-            raise ConfigError(
-                f"{key}: changed since {found[0]} was written; a resumed run keeps its recipe. "
-                "Restore the value, or train into another output."
-            )
-        return found
-
     def _restore(self, directory: Path, info: dict[str, Any]) -> None:
         self.step, self.skipped = info["step"], info["skipped"]
+        self._saved = self.step
         self.best = math.inf if info["best"] is None else info["best"]
-        names = list(self.params)
-        optim.load_state(self.optimizer, names, snapshot.read_tensors(directory, "optimizer"))
-        if self.average is not None:
-            for name, tensor in snapshot.read_tensors(directory, "average").items():
-                self.average.tensors[name].copy_(tensor)
+        engine, average = self.engine, self.average
+
+        for name, values in load_slots(directory / "optimizer", self.model, SLOTS):
+            engine.write_slots(name, values, info["n_updates"])
+        if average is not None:
+            for name, values in load_slots(directory / "average", self.model, AVERAGE):
+                average.tensors[name].copy_(values["average"])
         self.notice(f"resuming after step {self.step} from {directory}.")
 
     def _save(self) -> None:
-        tensors = {"optimizer": optim.parse_state(self.optimizer, list(self.params))}
-        if self.average is not None:
-            tensors["average"] = self.average.tensors
         info = {
             "recipe": self.recipe.to_dict(),
             "best": self.best if math.isfinite(self.best) else None,
             "skipped": self.skipped,
+            "n_updates": self.engine.n_updates,
         }
-        snapshot.write(
-            self.root,
-            self.step,
-            self.start.save_model,
-            tensors,
-            info,
-            keep_last=self.recipe.keep_last,
-        )
+        keep = self.recipe.keep_last
+        snapshot.write(self.root, self.step, self._write_parts, info, keep_last=keep)
+        self._saved = self.step
+
+    def _write_parts(self, directory: Path) -> None:
+        self.start.save_model(directory, self.engine.weights)
+        save_slots(directory / "optimizer", self.model, SLOTS, self.engine.read_slot)
+        if self.average is not None:
+            tensors = self.average.tensors
+            save_slots(directory / "average", self.model, AVERAGE, lambda name, _: tensors[name])
 
     def notice(self, line: str) -> None:
         """One line for people."""
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _step_seed(seed: int, step: int) -> int:
-    digest = hashlib.sha256(f"{seed}/{step}".encode()).digest()
+def _step_seed(recipe: Recipe, step: int, parallel: Parallel) -> int:
+    """Of a step's dropout: a function of (seed, step), so that a resume needs no generator's state.
+
+    Ranks that compute the same values draw the same.
+    """
+    tp_rank = parallel.tp.rank if parallel.sequence_parallel else 0
+    place = (parallel.dp.rank, parallel.pp.rank, tp_rank)
+    text = f"{recipe.seed}/{step}" + (f"/{place}" if any(place) else "")
+    digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
-
-
-def _move(batch: Batch, device: torch.device) -> Batch:
-    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    return cast(Batch, moved)

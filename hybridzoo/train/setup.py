@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast, get_args
 
 import torch
+from torch import Tensor
 
-from hybridzoo.checkpoint import load, save
+from hybridzoo.block import Block
+from hybridzoo.checkpoint import load, read_config, save
 from hybridzoo.checkpoint.reader import resolve
+from hybridzoo.comm import SINGLE, Parallel
 from hybridzoo.config import HybridConfig
 from hybridzoo.errors import ConfigError
 from hybridzoo.kernels import dispatch
 from hybridzoo.model import HybridLM
 from hybridzoo.parallel.recipe import Recipe
+from hybridzoo.recompute import Recompute
 from hybridzoo.tokenizer import Tokenizer, load_tokenizer
+from hybridzoo.train import snapshot
 from hybridzoo.train.data import PackedData
+
+# a parameter of this rank by its name in the model, whole until the block ends
+Weights = Callable[[str], AbstractContextManager[Tensor]]
+_MODES = get_args(Recompute)
 
 
 @dataclass(frozen=True)
@@ -32,9 +44,10 @@ class Start:
     tokenizer_file: Path | None
     data: PackedData
 
-    def save_model(self, directory: Path) -> None:
-        """Write a native directory that loads by itself."""
-        save(self.model, directory, dtype=torch.float32, tokenizer=self.tokenizer_file)
+    def save_model(self, directory: Path, weights: Weights) -> None:
+        """Write a native directory that loads by itself; every rank its part."""
+        file = self.tokenizer_file
+        save(self.model, directory, dtype=torch.float32, tokenizer=file)
 
 
 def pick_device(recipe: Recipe) -> torch.device:
@@ -47,34 +60,95 @@ def pick_device(recipe: Recipe) -> torch.device:
     return torch.device("cuda" if has_gpu and recipe.device != "cpu" else "cpu")
 
 
-def start(recipe: Recipe, device: torch.device, checkpoint: Path | None) -> Start:
+def check_ranks(recipe: Recipe, parallel: Parallel) -> None:
+    """Refuse what the recipe asks of the ranks and they cannot give.
+
+    Raises:
+        ConfigError: the key, and its legal values.
+    """
+    spread, n = recipe.parallel, recipe.accumulate * parallel.dp.world
+    if recipe.batch_size % n:
+        raise ConfigError(
+            f"batch_size: ({recipe.batch_size}) cannot be shared by {parallel.dp.world} "
+            f"data-parallel ranks in {recipe.accumulate} parts each; their product divides it. "
+            f"Use a multiple of {n}."
+        )
+    if recipe.ema and spread.zero_stage == 3 and parallel is not SINGLE:
+        raise ConfigError(
+            f"ema: ({recipe.ema}) cannot be averaged at zero_stage 3, where no rank holds its "
+            "weights whole. Use zero_stage 0, 1 or 2, or ema 0."
+        )
+    if spread.deepspeed is not None and parallel is SINGLE:
+        raise ConfigError(
+            f"parallel.deepspeed: {spread.deepspeed} would not be read; one process without a "
+            "launcher trains in plain torch. Start it with torchrun or deepspeed, or leave it out."
+        )
+
+
+def find(
+    recipe: Recipe, resume: bool, notice: Callable[[str], None]
+) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to go on from and its plain values; half-written ones are removed.
+
+    Raises:
+        ConfigError: a new run in the directory of another, or the recipe changed.
+        CheckpointError: no checkpoint is intact.
+    """
+    root = Path(recipe.output)
+    snapshot.remove_halves(root)
+    if not resume:
+        if snapshot.has_any(root):
+            raise ConfigError(
+                f"output: {root} already holds checkpoints; a new run needs a directory "
+                "of its own. Go on with --resume, or choose another."
+            )
+        return None
+    found = snapshot.newest(root, notice)
+    if found is None:
+        notice(f"{root}: no checkpoint yet; starting at step 0.")
+        return None
+    key = recipe.changed_key(found[1]["recipe"])
+    if key is not None:
+        raise ConfigError(
+            f"{key}: changed since {found[0]} was written; a resumed run keeps its recipe. "
+            "Restore the value, or train into another output."
+        )
+    return found
+
+
+def start(
+    recipe: Recipe, device: torch.device, parallel: Parallel, checkpoint: Path | None
+) -> Start:
     """Build a run's parts.
 
     Args:
         recipe: what to do.
         device: where the model lives.
+        parallel: this process's place among the ranks.
         checkpoint: a checkpoint of the same run, whose weights replace those of recipe.model.
 
     Raises:
-        ConfigError: model and tokenizer do not fit, or model and checkpoint.
+        ConfigError: model and tokenizer do not fit, or model and checkpoint, or model and ranks.
     """
     source = Path(recipe.model)
-    loaded = load(source, dtype=torch.float32, device=device) if source.is_dir() else None
-    config = HybridConfig.load(source) if loaded is None else loaded.config
+    config = read_config(source) if source.is_dir() else HybridConfig.load(source)
     tokenizer, file = _read_tokenizer(recipe, config, source)
     config = config.with_options(tokenizer="bytes" if file is None else "tokenizer.json")
-    if checkpoint is not None:
-        model = load(checkpoint, dtype=torch.float32, device=device)
-        if model.config != config:
-            raise ConfigError(
-                f"model: {source} is not the model that {checkpoint} holds; a run resumes with its "
-                "own. Restore the file, or train into another output."
-            )
-    elif loaded is not None:
-        model = loaded
-        model.config = config
+    if checkpoint is not None and read_config(checkpoint) != config:
+        raise ConfigError(
+            f"model: {source} is not the model that {checkpoint} holds; a run resumes with its "
+            "own. Restore the file, or train into another output."
+        )
+    stored = checkpoint or (source if source.is_dir() else None)
+    where: dict[str, Any] = {"parallel": parallel, "device": device, "dtype": torch.float32}
+    if parallel.pp.world > 1:
+        where["stage"] = _stages(recipe, config, parallel)[parallel.pp.rank]
+    if stored is None:
+        model = HybridLM(config, seed=recipe.seed, **where)
     else:
-        model = HybridLM(config, seed=recipe.seed, device=device, dtype=torch.float32)
+        model = load(stored, **where)
+        model.config = config
+    _set_recompute(model, recipe)
     data = PackedData(
         recipe.data.source,
         tokenizer,
@@ -82,12 +156,34 @@ def start(recipe: Recipe, device: torch.device, checkpoint: Path | None) -> Star
         batch_size=recipe.batch_size // recipe.accumulate,
         seed=recipe.seed,
         packing=recipe.data.packing,
+        rank=parallel.dp.rank,
+        world=parallel.dp.world,
     )
     return Start(model, file, data)
 
 
+def _stages(recipe: Recipe, config: HybridConfig, parallel: Parallel) -> list[range]:
+    from hybridzoo.parallel.pipeline import stages
+
+    return stages(config, parallel.pp.world, recipe.parallel.balance, recipe.data.seq_len)
+
+
+def _set_recompute(model: HybridLM, recipe: Recipe) -> None:
+    """Tell each block what its backward computes again: what most is asked of its letters."""
+    asked, config = recipe.parallel.recompute, model.config
+    letters = {b.letter for place in config.places for b in place}
+    for letter in asked.keys() - letters:
+        raise ConfigError(
+            f"parallel.recompute: {letter} is no letter of the pattern, which has "
+            f"{', '.join(sorted(letters))}. Name one of them."
+        )
+    for i in model.stage:
+        modes = [asked.get(b.letter, "none") for b in config.places[i]]
+        cast(Block, model.blocks[i]).recompute = max(modes, key=_MODES.index)
+
+
 def describe(model: HybridLM, recipe: Recipe, device: torch.device) -> list[str]:
-    """Lines that say what is trained where, and which backend each op takes and why."""
+    """Lines that say what is trained where and how it is spread, and each op's backend and why."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     dtype = "fp32" if recipe.precision == "fp32" else "bf16 with fp32 weights"
     n, active = model.config.n_params(), model.config.n_active_params()
@@ -95,7 +191,27 @@ def describe(model: HybridLM, recipe: Recipe, device: torch.device) -> list[str]
     tokens = recipe.batch_size * recipe.data.seq_len
     first = f"{model.config.name}: {size}, {dtype}, on {where}; "
     first += f"{recipe.steps:,} steps of {tokens:,} tokens"
-    return [first, "kernels: " + ", ".join(_backends(device))]
+    lines = [first, "kernels: " + ", ".join(_backends(device))]
+    if model.parallel is not SINGLE:
+        lines.insert(1, _layout(model, recipe))
+    return lines
+
+
+def _layout(model: HybridLM, recipe: Recipe) -> str:
+    parallel, spread = model.parallel, recipe.parallel
+    axes = ("tp", "pp", "dp", "ep")
+    sizes = {name: getattr(parallel, name).world for name in axes}
+    n = sizes["tp"] * sizes["pp"] * sizes["dp"]
+    line = f"{n} ranks: " + " x ".join(f"{k} {sizes[k]}" for k in axes[:3])
+    line += f" (ep {sizes['ep']} of dp)" if sizes["ep"] > 1 else ""
+    line += ", sequence parallel" if parallel.sequence_parallel else ""
+    line += f", ZeRO {spread.zero_stage}, {torch.distributed.get_backend()}"
+    if sizes["pp"] > 1:
+        from hybridzoo.parallel.pipeline import balance_line
+
+        parts = _stages(recipe, model.config, parallel)
+        line += f"; {balance_line(model.config, parts, recipe.data.seq_len)}"
+    return line
 
 
 def _backends(device: torch.device) -> list[str]:

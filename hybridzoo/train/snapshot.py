@@ -7,16 +7,13 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
 from hybridzoo.checkpoint.io import locked, sync
 from hybridzoo.errors import CheckpointError
+from hybridzoo.parallel.agree import agreed, exchange, is_first, rank, world
 
 _NAME = re.compile(r"step-(\d{8,})")
 _POINTER, _INFO, _HALF = "latest", "trainer.json", "tmp-"
@@ -24,35 +21,36 @@ _POINTER, _INFO, _HALF = "latest", "trainer.json", "tmp-"
 
 @contextmanager
 def held(root: Path) -> Iterator[None]:
-    """Keep other trainers out of a run's directory, which is made, and removed if left empty."""
-    root.mkdir(parents=True, exist_ok=True)
-    try:
-        with locked(root, "training into"):
-            yield
-    finally:
-        # what was refused before its first step leaves no trace; a directory with files stays
-        with suppress(OSError):
-            root.rmdir()
+    """Keep other trainers out of a run's directory, which is made, and removed if left empty.
+
+    The first rank does it for all.
+    """
+    with ExitStack() as stack:
+        with agreed():
+            if is_first():
+                root.mkdir(parents=True, exist_ok=True)
+                stack.callback(_remove_empty, root)
+                stack.enter_context(locked(root, "training into"))
+        yield
 
 
 def write(
     root: Path,
     step: int,
-    save_model: Callable[[Path], None],
-    tensors: Mapping[str, Mapping[str, Tensor]],
+    write_parts: Callable[[Path], None],
     info: Mapping[str, Any],
     *,
     keep_last: int,
 ) -> Path:
     """Write `root/step-{step}/`, then point `root/latest` at it, then remove the oldest.
 
-    A kill at any moment leaves every checkpoint that `latest` ever named, but for those pruned.
+    A kill at any moment leaves every checkpoint that `latest` ever named, but for those pruned. All
+    ranks call it; what fails on one is raised in all, after which nothing of it is left.
 
     Args:
         root: directory of the run.
         step: updates done.
-        save_model: writes the model as a native directory.
-        tensors: safetensors files beside the weights, by stem.
+        write_parts: writes this rank's part of everything but trainer.json.
         info: plain values; trainer.json holds them and the digest of every file.
         keep_last: checkpoints kept, this one included.
 
@@ -61,32 +59,59 @@ def write(
     """
     final = root / name_of(step)
     half = root / f"{_HALF}{final.name}"
-    _remove(half)
     try:
-        save_model(half)
-        for stem, mapping in tensors.items():
-            save_file({k: t.contiguous() for k, t in mapping.items()}, half / f"{stem}.safetensors")
-        files = {path.name: _digest(path) for path in sorted(half.iterdir())}
-        # last: a directory without it is not a checkpoint
-        text = json.dumps({**info, "step": step, "files": files}, indent=1)
-        (half / _INFO).write_text(text, encoding="utf-8")
-        for path in half.iterdir():
-            sync(path)
-        sync(half)
-    except (OSError, SafetensorError, CheckpointError) as error:
-        shutil.rmtree(half, ignore_errors=True)
-        raise CheckpointError(
-            f"{final}: cannot be written ({error.__cause__ or error}); the checkpoints before it "
-            "are whole. Free space, then go on with --resume."
-        ) from error
+        with agreed(), _writing(final):
+            if is_first():
+                _remove(half)
+        with agreed(), _writing(final):
+            write_parts(half)
+        with agreed(), _writing(final):
+            found = exchange(_digests(half))
+            if is_first():
+                files = {name: digest for share in found for name, digest in share.items()}
+                _complete(half, {**info, "step": step, "files": dict(sorted(files.items()))})
+    except CheckpointError:
+        if is_first():
+            shutil.rmtree(half, ignore_errors=True)
+        raise
+    with agreed(), _writing(final):
+        if is_first():
+            _publish(root, half, final, keep_last)
+    return final
+
+
+def _publish(root: Path, half: Path, final: Path, keep_last: int) -> None:
     _remove(final)
     half.rename(final)
     replace_text(root / _POINTER, final.name + "\n")
     # a newer one is damaged, or it would have been resumed from: this run has not come that far
-    kept = [d for d in _directories(root) if _step(d) <= step][:keep_last]
+    kept = [d for d in _directories(root) if _step(d) <= _step(final)][:keep_last]
     for other in set(_directories(root)) - set(kept):
         _remove(other)
-    return final
+
+
+@contextmanager
+def _writing(final: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, CheckpointError) as error:
+        raise CheckpointError(
+            f"{final}: cannot be written ({error.__cause__ or error}); the checkpoints before it "
+            "are whole. Free space, then go on with --resume."
+        ) from error
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    """This rank's share of the files' digests."""
+    names = sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file())
+    return {name: _digest(directory / name) for name in names[rank() :: world()]}
+
+
+def _complete(directory: Path, info: Mapping[str, Any]) -> None:
+    # last: a directory without it is not a checkpoint
+    (directory / _INFO).write_text(json.dumps(info, indent=1), encoding="utf-8")
+    for path in [*directory.rglob("*"), directory]:
+        sync(path)
 
 
 def name_of(step: int) -> str:
@@ -149,12 +174,6 @@ def read_info(directory: Path) -> dict[str, Any]:
     return info
 
 
-def read_tensors(directory: Path, stem: str) -> dict[str, Tensor]:
-    """The tensors saved beside the weights under `stem`, on the CPU."""
-    tensors: dict[str, Tensor] = load_file(directory / f"{stem}.safetensors")
-    return tensors
-
-
 def remove_halves(root: Path) -> None:
     """Delete what a killed run left half written."""
     for path in root.glob(f"{_HALF}*"):
@@ -195,6 +214,12 @@ def _named(root: Path) -> Iterator[Path]:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remove_empty(root: Path) -> None:
+    # what was refused before its first step leaves no trace; a directory with files stays
+    with suppress(OSError):
+        root.rmdir()
 
 
 def _remove(path: Path) -> None:

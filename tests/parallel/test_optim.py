@@ -1,4 +1,4 @@
-"""Decay groups, the schedule, the average, and the optimizer's state as tensors."""
+"""Decay groups, the schedule and the average."""
 
 import dataclasses
 import math
@@ -103,22 +103,3 @@ def test_average_is_the_recurrence_and_leaves_the_weights():
     assert weight.tolist() == [16.0, 17.0]
 
 
-def test_state_goes_to_tensors_and_back(base):
-    """A twin that takes over the state makes the same next update, to the bit."""
-    first, second = runs.model(), runs.model()
-    optimizers = [optim.build_optimizer(m, base) for m in (first, second)]
-    names = [name for group in optim.decay_groups(first) for name in group]
-
-    def update(model, optimizer, scale):
-        for i, p in enumerate(model.parameters()):
-            p.grad = torch.full_like(p, scale * (i + 1))
-        optimizer.step()
-
-    update(first, optimizers[0], 0.1)
-    second.load_state_dict(first.state_dict())
-    state = optim.parse_state(optimizers[0], names)
-    optim.load_state(optimizers[1], names, {k: t.clone() for k, t in state.items()})
-    assert len(state) == 3 * len(names)
-    for model, optimizer in zip((first, second), optimizers, strict=True):
-        update(model, optimizer, -0.3)
-    runs.assert_same(first.state_dict(), second.state_dict())

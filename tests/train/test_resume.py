@@ -1,17 +1,18 @@
 """A run that is cut off and resumed is the run that never was; damage is seen and passed over."""
 
+import errno
 import json
 import os
 import shutil
 
 import pytest
 import torch
-from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from hybridzoo.checkpoint import load
 from hybridzoo.checkpoint.io import locked
 from hybridzoo.errors import CheckpointError, ConfigError
-from hybridzoo.train import snapshot
+from hybridzoo.train import loop, snapshot
 from hybridzoo.train.log import read_log
 from hybridzoo.train.loop import Trainer, train
 from tests.train import runs
@@ -37,8 +38,8 @@ def assert_same_run(root, straight):
         runs.assert_same(runs.weights(root / name), runs.weights(straight / name))
     for stem in ("optimizer", "average"):
         runs.assert_same(
-            snapshot.read_tensors(root / "step-00000012", stem),
-            snapshot.read_tensors(straight / "step-00000012", stem),
+            load_file(root / "step-00000012" / stem / "model.safetensors"),
+            load_file(straight / "step-00000012" / stem / "model.safetensors"),
         )
     infos = [snapshot.read_info(r / "step-00000012") for r in (root, straight)]
     assert infos[0]["best"] == infos[1]["best"]
@@ -159,9 +160,9 @@ def flip_last_byte(path):
 
 
 DAMAGE = {
-    "a flipped bit": lambda d: flip_last_byte(d / "optimizer.safetensors"),
+    "a flipped bit": lambda d: flip_last_byte(d / "optimizer" / "model.safetensors"),
     "a short file": lambda d: os.truncate(d / "model.safetensors", 100),
-    "a missing file": lambda d: (d / "average.safetensors").unlink(),
+    "a missing file": lambda d: (d / "average" / "model.safetensors").unlink(),
     "no trainer.json": lambda d: (d / "trainer.json").unlink(),
     "half a trainer.json": lambda d: os.truncate(d / "trainer.json", 30),
     "no directory": shutil.rmtree,
@@ -206,11 +207,11 @@ def test_nothing_intact_is_an_error(tmp_path):
 
 
 def test_a_full_disk_is_a_sentence_and_leaves_nothing_half_written(tmp_path, monkeypatch):
-    def full(tensors, path):
-        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     runs.run_until(runs.recipe(tmp_path), 3)
-    monkeypatch.setattr(snapshot, "save_file", full)
+    monkeypatch.setattr(loop, "save_slots", full)
     with pytest.raises(
         CheckpointError, match=r"step-00000006: cannot be written \(.*No space left"
     ):
