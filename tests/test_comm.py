@@ -40,6 +40,14 @@ def gradient(parallel, method):
     return y.detach(), x.grad
 
 
+def along_a_dimension(parallel, method, x, w, *args):
+    """Value and gradient of sum(w * method(x, *args)), of this rank's x and w."""
+    x, w = x[parallel.tp.rank].requires_grad_(), w[parallel.tp.rank]
+    y = getattr(parallel.tp, method)(x, *args)
+    (y * w).sum().backward()
+    return y.detach(), x.grad
+
+
 def summed_gradients(parallel, units):
     tp = parallel.tp
     params = [torch.zeros(2, u + 1, requires_grad=True) for u in units]
@@ -91,12 +99,67 @@ def test_pool_never_hangs(monkeypatch):
         ("copy_in", [[1, 2], [2, 4]], [[9, 15], [9, 15]]),
         ("sum_out", [[3, 6], [3, 6]], [[3, 5], [6, 10]]),
         ("sum_both", [[3, 6], [3, 6]], [[9, 15], [9, 15]]),
+        # half of own x, as if that half were all
+        ("share", [[0.5, 1], [1, 2]], [[3, 5], [6, 10]]),
     ],
 )
 def test_a_collective_and_its_adjoint(method, values, grads):
     for (y, dx), value, grad in zip(gloo.run(2, gradient, method), values, grads, strict=True):
         assert y.tolist() == value
         assert dx.tolist() == grad
+
+
+def randn(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, -1])
+def test_gather_in_and_scatter_out_are_each_others_adjoints(dim):
+    whole = [2, 3, 4]
+    whole[dim] *= 2
+    # strided ones too: a collective on a view must not lose its order
+    small = [randn(4, 3, 2).transpose(0, 2) for _ in range(2)]
+    large = [randn(*whole) for _ in range(2)]
+    gathered = torch.cat(small, dim)
+    shares = (large[0] + large[1]).chunk(2, dim)
+    found = gloo.run(2, along_a_dimension, "gather_in", small, large, dim)
+    for (y, dx), share in zip(found, shares, strict=True):
+        assert torch.equal(y, gathered)
+        assert torch.equal(dx, share)
+    found = gloo.run(2, along_a_dimension, "scatter_out", large, small, dim)
+    for (y, dx), share in zip(found, shares, strict=True):
+        assert torch.equal(y, share)
+        assert torch.equal(dx, gathered)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (3, 1), (1, 3)], ids=str)
+@pytest.mark.parametrize("dim", [0, -1])
+def test_gather_out_takes_pieces_of_any_length(dim, sizes):
+    pieces = [randn(2, 3, n) if dim == -1 else randn(n, 3, 2) for n in sizes]
+    whole = torch.cat(pieces, dim)
+    w = randn(*whole.shape)
+    found = gloo.run(2, along_a_dimension, "gather_out", pieces, [w, w], dim, sizes)
+    for (y, dx), mine in zip(found, w.split(sizes, dim), strict=True):
+        assert torch.equal(y, whole)
+        assert torch.equal(dx, mine)
+
+
+def exchanged(parallel, send):
+    """What a rank receives, and the gradient of twice its squares, which is back with its rows."""
+    rank = parallel.tp.rank
+    x = torch.arange(1.0, 1 + sum(send[rank]))[:, None] + 10 * rank
+    x.requires_grad_()
+    y = parallel.tp.all_to_all(x, send[rank], [row[rank] for row in send])
+    (2 * y * y).sum().backward()
+    return y[:, 0].tolist(), x.grad[:, 0].tolist()
+
+
+def test_rows_travel_to_their_ranks_and_gradients_back():
+    # rank 1 sends nothing to itself
+    (first, home), (second, home2) = gloo.run(2, exchanged, [[1, 2], [3, 0]])
+    assert (first, second) == ([1, 11, 12, 13], [2, 3])
+    # each row's own, twice
+    assert (home, home2) == ([4, 8, 12], [44, 48, 52])
 
 
 def test_copies_sum_their_gradients_among_their_holders():
@@ -128,3 +191,6 @@ def test_one_rank_is_a_no_op():
     assert tp.sum_out(x) is x
     assert tp.sum_both(x) is x
     assert tp.sum_grads([x], [1]) == (x,)
+    assert tp.share(x) is x
+    assert tp.gather_in(x, 0) is tp.scatter_out(x, 0) is tp.gather_out(x, 0, [2]) is x
+    assert tp.all_to_all(x, [2], [2]) is x
