@@ -51,6 +51,8 @@ def make_model(config=None, parallel=SINGLE, dtype=torch.float64, **options):
             generator = seeded(7, name)
             full = declared.init(declared.shape, generator).double()
             full += 0.2 * torch.randn(declared.shape, generator=generator, dtype=torch.float64)
+            mine = declared.expert_range(parallel.ep)
+            full = full[mine.start : mine.stop]
             for piece, tensor in declared.cut.shard(
                 relative(locals_), full, tp.world, tp.rank
             ).items():
