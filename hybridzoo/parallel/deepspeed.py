@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from hybridzoo.comm import Axis, Parallel
 from hybridzoo.model import HybridLM
 from hybridzoo.parallel import ds_config, experts, optim
+from hybridzoo.parallel.ds_keys import imported
 from hybridzoo.parallel.engine import SLOTS, Engine, Outcome
 from hybridzoo.parallel.loss import IGNORE, Batch, loss
 from hybridzoo.parallel.recipe import Recipe
@@ -224,14 +223,13 @@ def start(
 
 
 def load(device: torch.device) -> ModuleType:
-    """Import DeepSpeed for tensors on `device`, torch.distributed being initialised."""
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
-    import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    """DeepSpeed ready for tensors on `device`; torch.distributed is initialised."""
+    deepspeed = imported(device.type)
     # on the CPU the first use would compile a shared-memory operator, 40 s of g++; gloo does
     # without. The module is looked up by name: the attribute deepspeed.comm.torch is torch itself
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    # an engine of ZeRO 3 that was here before has put its own in the place of torch's
+    nn.functional.linear = torch._C._nn.linear
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
     return deepspeed

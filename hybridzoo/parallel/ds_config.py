@@ -2,95 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from importlib import import_module
 from typing import Any
 
 from hybridzoo.comm import Axis, Parallel
 from hybridzoo.config import HybridConfig
 from hybridzoo.errors import ConfigError
-from hybridzoo.options import read_file, shown, suggest
+from hybridzoo.parallel.ds_keys import keeps_products, user_keys
+from hybridzoo.parallel.engine import recompute_at
 from hybridzoo.parallel.recipe import Recipe
-
-# sections of a user's file that join ours: where DeepSpeed keeps their keys
-_MODELS = {
-    "zero_optimization": "deepspeed.runtime.zero.config:DeepSpeedZeroConfig",
-    "comms_logger": "deepspeed.comm.config:CommsLoggerConfig",
-    "tensorboard": "deepspeed.monitor.config:TensorBoardConfig",
-    "wandb": "deepspeed.monitor.config:WandbConfig",
-    "csv_monitor": "deepspeed.monitor.config:CSVConfig",
-    "comet": "deepspeed.monitor.config:CometConfig",
-}
-# sections without a class of their own
-_SECTIONS = {
-    "flops_profiler": (
-        "enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules",
-        "detailed", "output_file",
-    ),
-    "timers": ("throughput",),
-}  # fmt: skip
-_VALUES: dict[str, tuple[type, ...]] = {
-    "communication_data_type": (str,),
-    "prescale_gradients": (bool,),
-    "gradient_predivide_factor": (int, float),
-    "steps_per_print": (int,),
-    "wall_clock_breakdown": (bool,),
-    "memory_breakdown": (bool,),
-    "dump_state": (bool,),
-    "disable_python_gc": (bool,),
-    "disable_allgather": (bool,),
-    "log_level": (str,),
-    "zero_allow_untested_optimizer": (bool,),
-}
-_PRECISION = "parameters stay fp32. Set the recipe's precision: bf16"
-_OURS = "the recipe says it. Leave it out, and set {}"
-_STORED = "checkpoints are hybridzoo's own. Leave it out"
-_GONE = "hybridzoo does not run it. Leave it out"
-# DeepSpeed's other keys: the rule and the way out
-_REFUSED = {
-    **dict.fromkeys(["fp16", "bf16", "bfloat16", "torch_autocast", "amp"], _PRECISION),
-    "optimizer": _OURS.format("lr, betas, adam_eps and weight_decay"),
-    "scheduler": _OURS.format("schedule and warmup_steps"),
-    "tensor_parallel": "layers are cut by their own rules. Leave it out, and set parallel.tp",
-    "expert_parallel": "experts are spread by their layer. Leave it out, and set parallel.ep",
-    "sequence_parallel_size": "it would scale gradients. Set parallel.sequence_parallel",
-    "seq_parallel_communication_data_type": "it belongs to sequence_parallel_size. Leave it out",
-    "pipeline": "stages come from the pattern. Leave it out, and set parallel.pp and balance",
-    "activation_checkpointing": "it is chosen by letter. Leave it out, and set parallel.recompute",
-    "compile": "blocks are compiled one by one. Leave it out, and set compile",
-    "data_types": "gradients are summed in fp32. Leave it out",
-    "gradient_allreduce_op": "the loss counts on averages. Leave it out",
-    "managed_gradient_accumulation": _OURS.format("accumulate"),
-    "dataloader_drop_last": _OURS.format("data"),
-    "vocabulary_size": "the config says it. Leave it out",
-    "checkpoint": _STORED,
-    "datastates_ckpt": _STORED,
-    "aio": "it belongs to offloading to a disk, which hybridzoo does not do. Leave it out",
-    "zero_force_ds_cpu_optimizer": "AdamW is torch's own. Leave it out",
-    "use_data_before_expert_parallelism": "ep takes consecutive data-parallel ranks. Leave it out",
-    **dict.fromkeys(
-        (
-            "autotuning compression_training curriculum_learning data_efficiency eigenvalue "
-            "elasticity graph_harvesting hybrid_engine nebula progressive_layer_drop "
-            "quantize_training sparse_attention sparse_gradients weight_quantization"
-        ).split(),
-        _GONE,
-    ),
-}
-# keys of zero_optimization that would break the run, and the value that does not
-_ZERO_REFUSED = {
-    "compute_grad_norm": (True, "without a norm an update that is not finite would be applied"),
-    "reduce_scatter": (True, "experts and norms count on it"),
-    **dict.fromkeys(["offload_param", "offload_optimizer"], (None, "the state stays on the GPU")),
-    **dict.fromkeys(["cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory"], (None,
-        "the state stays on the GPU")),
-    **dict.fromkeys(["zero_quantized_weights", "zero_quantized_nontrainable_weights",
-        "zero_quantized_gradients"], (False, "what is sent is never rounded to integers")),
-    "zero_hpz_partition_size": (1, "partitions lie over all of dp"),
-    "zenflow": (None, "its updates are not those of AdamW"),
-    "legacy_stage1": (False, "DeepSpeed has dropped it"),
-    "elastic_checkpoint": (False, _STORED.partition(".")[0]),
-}  # fmt: skip
 
 
 def build(recipe: Recipe, dp: int) -> dict[str, Any]:
@@ -101,19 +20,21 @@ def build(recipe: Recipe, dp: int) -> dict[str, Any]:
     """
     made: dict[str, Any] = {
         **_recipe_keys(recipe, dp),
-        "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": recipe.parallel.zero_stage,
             # a bucket is sent while the backward makes the next; both lie in memory
             "overlap_comm": recipe.parallel.pp == 1,
             "reduce_bucket_size": 50_000_000,
             "allgather_bucket_size": 50_000_000,
+            # its linear adds the bias in place to a product that "mixer" has kept; else it spares
+            # the half-precision copies of all weights
+            "memory_efficient_linear": not keeps_products(recipe),
         },
     }
     if not recipe.parallel.zero_stage:
         # there DeepSpeed's own norm is wrong with experts and stages: the engine clips
         made["gradient_clipping"] = 0.0
-    found = _user_keys(recipe, dp)
+    found = user_keys(recipe, _recipe_keys(recipe, dp))
     zero = {**made["zero_optimization"], **found.pop("zero_optimization", {})}
     return {**made, **found, "zero_optimization": zero}
 
@@ -143,8 +64,7 @@ def check(recipe: Recipe, world: int, config: HybridConfig) -> None:
         )
     _check_stage(recipe, dp)
     _check_model(recipe, config)
-    if spread.deepspeed is not None:
-        _user_keys(recipe, dp)
+    user_keys(recipe, _recipe_keys(recipe, dp))
 
 
 def _check_stage(recipe: Recipe, dp: int) -> None:
@@ -188,6 +108,11 @@ def _check_model(recipe: Recipe, config: HybridConfig) -> None:
         raise ConfigError(
             f"parallel.ep: ({spread.ep}) spreads experts; this model has none. Use ep 1."
         )
+    # here: it is built on this module
+    from hybridzoo.parallel.pipeline import stages
+
+    stages(config, spread.pp, spread.balance, length)
+    recompute_at(config, spread.recompute)
     config.check_parallel(Parallel(tp=Axis(0, spread.tp), ep=Axis(0, spread.ep)))
 
 
@@ -198,104 +123,6 @@ def _recipe_keys(recipe: Recipe, dp: int) -> dict[str, Any]:
         "gradient_accumulation_steps": recipe.accumulate,
         "gradient_clipping": recipe.clip_norm or 0.0,
     }
-
-
-def _user_keys(recipe: Recipe, dp: int) -> dict[str, Any]:
-    """What the user's file adds to our config, checked."""
-    path = recipe.parallel.deepspeed
-    if path is None:
-        return {}
-    options, ours, found = read_file(path), _recipe_keys(recipe, dp), {}
-    if not isinstance(options, Mapping):
-        raise ConfigError(f"{path}: expected DeepSpeed's keys ({shown(options)}). Write a mapping.")
-    for key, value in options.items():
-        where = f"{path}: {key}"
-        if key in ours:
-            _check_equal(where, value, ours[key])
-        elif key in _REFUSED:
-            if not (isinstance(value, Mapping) and value.get("enabled") is False):
-                raise ConfigError(f"{where}: ({shown(value)}) cannot be used; {_REFUSED[key]}.")
-        elif key in _VALUES:
-            found[key] = _check_type(where, value, _VALUES[key])
-        elif key in _MODELS or key in _SECTIONS:
-            found[key] = _section(path, key, value)
-        else:
-            known = [*ours, *_VALUES, *_MODELS, *_SECTIONS, *_REFUSED]
-            raise _unknown(where, key, known)
-    if "zero_optimization" in found:
-        _check_zero(path, found["zero_optimization"], recipe)
-    return found
-
-
-def _check_equal(where: str, value: Any, ours: Any) -> None:
-    if value not in ("auto", ours):
-        raise ConfigError(
-            f"{where}: ({shown(value)}) contradicts the recipe, which gives {ours}. "
-            'Leave it out, or write "auto".'
-        )
-
-
-def _check_type(where: str, value: Any, types: tuple[type, ...]) -> Any:
-    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-        names = " or ".join(t.__name__ for t in types)
-        raise ConfigError(f"{where}: wrong type ({shown(value)}); expected {names}. Change it.")
-    return value
-
-
-def _section(path: str, key: str, value: Any) -> dict[str, Any]:
-    """A section of the user's, whose keys DeepSpeed knows and whose values it takes."""
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{path}: {key}: wrong type ({shown(value)}); write a mapping.")
-    if key in _SECTIONS:
-        for name in value:
-            if name not in _SECTIONS[key]:
-                raise _unknown(f"{path}: {key}.{name}", name, _SECTIONS[key])
-        return dict(value)
-    from pydantic import ValidationError
-
-    module, name = _MODELS[key].split(":")
-    model = getattr(import_module(module), name)
-    try:
-        model(**value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        at = ".".join([key, *map(str, first["loc"])])
-        if first["type"] == "extra_forbidden":
-            known = [f.alias or name for name, f in model.model_fields.items()]
-            raise _unknown(f"{path}: {at}", str(first["loc"][-1]), known) from None
-        raise ConfigError(
-            f"{path}: {at}: ({shown(first['input'])}) is refused by DeepSpeed; {first['msg']}. "
-            "Change the value."
-        ) from None
-    return dict(value)
-
-
-def _check_zero(path: str, zero: dict[str, Any], recipe: Recipe) -> None:
-    where = f"{path}: zero_optimization"
-    if zero.get("stage") == "auto":
-        del zero["stage"]
-    stage = zero.get("stage", recipe.parallel.zero_stage)
-    if stage != recipe.parallel.zero_stage:
-        raise ConfigError(
-            f"{where}.stage: ({shown(stage)}) contradicts the recipe's parallel.zero_stage "
-            f"({recipe.parallel.zero_stage}). Make them equal, or leave it out."
-        )
-    for key, value in zero.items():
-        legal, rule = _ZERO_REFUSED.get(key, (value, ""))
-        if value != legal:
-            raise ConfigError(f"{where}.{key}: ({shown(value)}) cannot work; {rule}. Leave it out.")
-    if zero.get("overlap_comm") and recipe.parallel.pp > 1:
-        raise ConfigError(
-            f"{where}.overlap_comm: (true) cannot work with pp {recipe.parallel.pp}; a stage "
-            "reduces after its last part. Leave it out."
-        )
-
-
-def _unknown(where: str, key: str, known: Iterable[str]) -> ConfigError:
-    hint = suggest(str(key), known)
-    return ConfigError(
-        f"{where}: not a key of DeepSpeed's; {hint}it would be ignored. Correct or remove it."
-    )
 
 
 def _divisors(n: int) -> str:

@@ -6,18 +6,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn
 
+from hybridzoo.config import HybridConfig
+from hybridzoo.errors import ConfigError
 from hybridzoo.model import HybridLM
+from hybridzoo.options import checked
 from hybridzoo.parallel import optim
 from hybridzoo.parallel.loss import IGNORE, Batch, loss
 from hybridzoo.parallel.recipe import Recipe
+from hybridzoo.recompute import Recompute
 
 # what AdamW remembers of a parameter, in the parameter's shape
 SLOTS = ("exp_avg", "exp_avg_sq")
@@ -59,6 +63,7 @@ class Engine:
         self.device = model.device
         self.params = {k: p for group in optim.decay_groups(model) for k, p in group.items()}
         self.n_updates = 0
+        set_recompute(model, recipe.parallel.recompute)
         self._setup()
 
     def _setup(self) -> None:
@@ -82,7 +87,7 @@ class Engine:
         limit = math.inf if self.recipe.clip_norm is None else self.recipe.clip_norm
         norm = nn.utils.clip_grad_norm_(self.params.values(), limit)
         # one transfer, the only wait for the GPU in a step
-        found = torch.stack([nats, aux, norm]).tolist()
+        found: list[float] = torch.stack([nats, aux, norm]).tolist()
         is_finite = all(map(math.isfinite, found))
         if is_finite:
             for group in self.optimizer.param_groups:
@@ -90,7 +95,8 @@ class Engine:
             self.optimizer.step()
             self.n_updates += 1
         self.optimizer.zero_grad(set_to_none=True)
-        return Outcome(*found, n_targets, is_finite)
+        nats, aux, norm = found
+        return Outcome(nats, aux, norm, n_targets, is_finite)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
@@ -156,3 +162,32 @@ def initialize(model: HybridLM, recipe: Recipe) -> Engine:
     from hybridzoo.parallel.pipeline import PipelineEngine
 
     return PipelineEngine(model, recipe)
+
+
+def set_recompute(model: HybridLM, modes: Mapping[str, Recompute]) -> None:
+    """Set what each block computes again in the backward, by the letters of its place."""
+    for block, mode in zip(model.blocks, recompute_at(model.config, modes), strict=True):
+        # None: another pipeline stage's
+        if block is not None:
+            block.recompute = mode
+
+
+def recompute_at(config: HybridConfig, modes: Mapping[str, Recompute]) -> list[Recompute]:
+    """What is computed again at each place; of parallel letters the most that one of them says.
+
+    Raises:
+        ConfigError: a letter that the pattern does not have, or an unknown mode.
+    """
+    order: tuple[Recompute, ...] = get_args(Recompute)
+    letters = list(dict.fromkeys(b.letter for place in config.places for b in place))
+    for letter, mode in modes.items():
+        if letter not in letters:
+            raise ConfigError(
+                f"parallel.recompute: no such letter ({letter!r}); the pattern has "
+                f"{', '.join(letters)}. Use one of them."
+            )
+        checked(f"parallel.recompute.{letter}", mode, Recompute)
+    return [
+        max((modes.get(b.letter, "none") for b in place), key=order.index)
+        for place in config.places
+    ]
