@@ -40,6 +40,12 @@ OPTIONS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    # the ranks import DeepSpeed first: half a minute where other tests run beside this one
+    monkeypatch.setattr(gloo, "TIMEOUT_S", 180)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """One layout and what is trained on it."""
@@ -90,6 +96,7 @@ class Case:
                 ep=self.ep,
                 zero_stage=self.zero,
                 sequence_parallel=self.sequence_parallel,
+                balance="auto",
                 recompute=dict(self.recompute),
             ),
         )
