@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
@@ -11,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybridzoo.comm import Axis, Parallel
-from hybridzoo.model import HybridLM
-from hybridzoo.parallel import ds_config, experts, optim
+from hybridzoo.comm import Parallel
+from hybridzoo.parallel import ds_config, optim
 from hybridzoo.parallel.ds_keys import imported
 from hybridzoo.parallel.engine import SLOTS, Engine, Outcome
 from hybridzoo.parallel.loss import IGNORE, Batch, loss
+from hybridzoo.parallel.norm import global_norm, over, tag
 from hybridzoo.parallel.recipe import Recipe
-from hybridzoo.sharding import Replicate
 
 
 class DataEngine(Engine):
@@ -48,23 +48,24 @@ class DataEngine(Engine):
 
     def step(self, batches: Sequence[Batch], lr: float) -> Outcome:
         """As Engine's; every rank has as many parts, and the tp ranks of one dp the same ones."""
+        assert len(batches) == self.recipe.accumulate, "DeepSpeed counts the parts of a step"
         self.engine.train()
         dp = self.parallel.dp
         count = sum(int((b["labels"] != IGNORE).sum()) for b in batches)
         n_targets = over(dp, torch.tensor(count, device=self.device)).clamp(min=1)
         found = torch.zeros(2, device=self.device)  # nats, aux
-        for batch in batches:
+        for i, batch in enumerate(batches, 1):
             share, metrics = self._share(batch, n_targets)
             parts = [metrics["nats"], metrics["aux"] * metrics["n_targets"]]
             found = found + torch.stack(parts) / n_targets
-            is_last = batch is batches[-1]
-            if is_last:
+            if i == len(batches):
                 found = over(dp, found)
                 # a loss that is not finite on one rank makes the gradients so on all: no update
                 share = share * (1 + 0 * found.sum())
             # ZeRO averages over dp what is to be summed
             self.engine.backward(share * dp.world, scale_wrt_gas=False)
-            if not is_last:
+            if i < len(batches):
+                # no update yet: the part is counted
                 self.engine.step()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
@@ -230,47 +231,11 @@ def load(device: torch.device) -> ModuleType:
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     # an engine of ZeRO 3 that was here before has put its own in the place of torch's
     nn.functional.linear = torch._C._nn.linear
+    # torch 2.13's new names for collectives, which DeepSpeed does not use yet
+    warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
     return deepspeed
-
-
-def tag(model: HybridLM) -> None:
-    """Mark experts, and which parameters DeepSpeed's norm counts on this rank beside tp rank 0's.
-
-    A cut parameter counts on every rank, a whole one on the first. Of several ranks that hold one
-    unit of a cut part (B/C groups, KV heads, n_groups < tp) the first counts.
-    """
-    experts.mark(model)
-    tp = model.parallel.tp
-    for _, declared, locals_ in model.local_names():
-        cut = declared.cut
-        pieces = {} if isinstance(cut, Replicate) else cut.pieces(next(iter(locals_)), tp.world)
-        for piece, name in locals_.items():
-            units = {cut.parts[i].units for i in pieces.get(piece, ())}
-            parameter = model.get_parameter(name)
-            parameter.tensor_model_parallel = any(_is_first(tp, n) for n in units)
-
-
-def is_counted(parameter: nn.Parameter, tp: Axis) -> bool:
-    """Whether this rank counts a tagged parameter in the norm of all."""
-    # a copy is what a pipeline stage before this one holds too
-    is_copy = getattr(parameter, "ds_pipe_replicated", False)
-    return not is_copy and (tp.rank == 0 or parameter.tensor_model_parallel)
-
-
-def global_norm(params: dict[str, nn.Parameter], parallel: Parallel) -> Tensor:
-    """The norm of the whole model's reduced gradients, from tagged parameters, in fp64."""
-    device = next(iter(params.values())).device
-    counted = [p for p in params.values() if is_counted(p, parallel.tp) and p.grad is not None]
-    shared, marked = (
-        nn.utils.get_total_norm([p.grad for p in counted if experts.is_marked(p) == is_marked])
-        # in fp64: the square of what fp32 can just hold overflows it
-        .to(device, torch.float64)
-        .square()
-        for is_marked in (False, True)
-    )
-    return over(parallel.pp, over(parallel.tp, shared + over(parallel.ep, marked))).sqrt()
 
 
 def link_slots(zero: Any, stage: int) -> None:
@@ -288,13 +253,3 @@ def link_slots(zero: Any, stage: int) -> None:
         zero.optimizer.state[flat] = {"step": torch.zeros((), device=where), **state}
     if stage < 3:
         zero._lazy_init_hp_params_optimizer_state()
-
-
-def over(axis: Axis, x: Tensor) -> Tensor:
-    """The sum over an axis, without autograd."""
-    return x if axis.world == 1 else axis.all_reduce(x)
-
-
-def _is_first(tp: Axis, units: int) -> bool:
-    # ranks share a unit where there are fewer of them
-    return tp.rank == 0 or tp.rank * units // tp.world != (tp.rank - 1) * units // tp.world

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hybridzoo.comm import Axis, Parallel
-from hybridzoo.parallel.deepspeed import is_counted, tag
+from hybridzoo.parallel.norm import is_counted, tag
 from tests import gloo
 from tests.models import joined, make_model
 from tests.parallel import jobs
