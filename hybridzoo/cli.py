@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -20,8 +21,8 @@ from hybridzoo.arguments import (
     UsageError,
     encode,
     find,
+    load,
     parse_device,
-    parse_dtype,
     sentence,
     served,
     use_kernels,
@@ -37,10 +38,15 @@ app = typer.Typer(
 )
 
 
-def main() -> None:
-    """Run the command line; a user's mistake is one sentence on stderr and exit code 2."""
-    is_debug = "--debug" in sys.argv
-    arguments = [a for a in sys.argv[1:] if a != "--debug"] or ["--help"]
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the command line; a user's mistake is one sentence on stderr and exit code 2.
+
+    Args:
+        words: of the command; None is what was typed.
+    """
+    words = sys.argv[1:] if words is None else words
+    is_debug = "--debug" in words
+    arguments = [a for a in words if a != "--debug"] or ["--help"]
     mistakes = (HybridzooError, OSError, UsageError)
     command = partial(app, arguments, prog_name="hybridzoo", standalone_mode=False)
     if is_launched():
@@ -122,35 +128,27 @@ def generate(
     device: Device = "auto",
     kernels: Kernels = "",
     revision: Revision = None,
+    tp: Annotated[int, typer.Option("--tp", help="Ranks that share it, started by torchrun.")] = 1,
     quiet: Annotated[bool, typer.Option("--quiet", help="Nothing but the text.")] = False,
 ) -> None:
     """Continue a prompt; only the text, prompt included, goes to stdout."""
     from hybridzoo import show
     from hybridzoo.inference.generate import stream
-    from hybridzoo.zoo import load, load_tokenizer_of
 
-    place = parse_device(device)
     use_kernels(kernels)
-    directory = find(model, revision, quiet=quiet)
-    lm = load(directory, dtype=parse_dtype(dtype, place), device=place)
-    tokenizer = load_tokenizer_of(directory, lm.config)
+    lm, tokenizer = load(model, revision, tp=tp, device=device, dtype=dtype, quiet=quiet)
     steps = stream(
-        lm,
-        encode(prompt, tokenizer),
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        stop=lm.config.eos_token_id,
-        seed=seed,
-    )
+        lm, encode(prompt, tokenizer), max_new_tokens=max_new_tokens, temperature=temperature,
+        top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+        stop=lm.config.eos_token_id, seed=seed,
+    )  # fmt: skip
     # before a word is printed: what a backend refuses, it refuses at the first step
     first = next(steps)
-    if not quiet:
+    # all ranks draw the same tokens
+    is_first = lm.parallel.tp.rank == 0
+    if is_first and not quiet:
         typer.echo(show.run_line(lm.config, lm.embed.weight), err=True)
-    write(show.texts(prompt, chain([first], steps), tokenizer))
+    write(show.texts(prompt, chain([first], steps), tokenizer), aloud=is_first)
 
 
 @app.command()

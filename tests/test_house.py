@@ -26,8 +26,8 @@ SCRIPTS = [*sorted((ROOT / "scripts").rglob("*.sh")), ROOT / ".ci" / "run"]
 
 FLOORS = {
     "errors": 0,
-    # below the rest of its floor: each of them may read options
-    "options": 0.5,
+    # below the rest of their floor: each of them may read options
+    **dict.fromkeys(["options", "launcher"], 0.5),
     **dict.fromkeys(["pattern", "sharding", "comm", "tokenizer", "kernels"], 1),
     "layers": 2,
     **dict.fromkeys(["config", "recompute"], 3),

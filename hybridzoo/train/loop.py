@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from hybridzoo.checkpoint.slots import load_slots, save_slots
 from hybridzoo.comm import SINGLE, Parallel
 from hybridzoo.errors import ConfigError
 from hybridzoo.parallel import groups
@@ -29,7 +30,6 @@ from hybridzoo.train.held_out import held_out
 from hybridzoo.train.interrupt import interruptible
 from hybridzoo.train.log import Log, Record, Silence, plot
 from hybridzoo.train.setup import check_ranks, describe, find, pick_device, start
-from hybridzoo.train.slots import load_slots, save_slots
 
 MAX_SKIPPED = 10
 # what no signal's number reaches
@@ -217,11 +217,11 @@ class Trainer:
         """Held-out loss, of the averaged weights if there are any; the best are kept in best/."""
         with self.average.applied() if self.average else nullcontext():
             value, loads = held_out(self.engine, self.data)
-            is_best = value < self.best
-            if is_best:
-                self.best = value
-                with agreed():
-                    self.start.save_model(self.root / "best", self._averaged)
+        is_best = value < self.best
+        if is_best:
+            self.best = value
+            with agreed():
+                self.start.save_model(self.root / "best", self._averaged)
         record: Record = {"step": self.step, "val_loss": value, **self._bits("val_", "val", value)}
         record |= {"is_best": is_best} | ({"expert_load": loads} if loads else {})
         self.log.write(record)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
-from torch import Tensor
 
 from hybridzoo.block import Block
 from hybridzoo.checkpoint import load, read_config, save
 from hybridzoo.checkpoint.reader import resolve
+from hybridzoo.checkpoint.spread import Weights
 from hybridzoo.comm import SINGLE, Parallel
 from hybridzoo.config import HybridConfig
 from hybridzoo.errors import ConfigError
@@ -25,8 +24,6 @@ from hybridzoo.tokenizer import Tokenizer, load_tokenizer
 from hybridzoo.train import snapshot
 from hybridzoo.train.data import PackedData
 
-# a parameter of this rank by its name in the model, whole until the block ends
-Weights = Callable[[str], AbstractContextManager[Tensor]]
 _MODES = get_args(Recompute)
 
 
@@ -47,7 +44,7 @@ class Start:
     def save_model(self, directory: Path, weights: Weights) -> None:
         """Write a native directory that loads by itself; every rank its part."""
         file = self.tokenizer_file
-        save(self.model, directory, dtype=torch.float32, tokenizer=file)
+        save(self.model, directory, dtype=torch.float32, tokenizer=file, weights=weights)
 
 
 def pick_device(recipe: Recipe) -> torch.device:

@@ -95,9 +95,11 @@ def _writing(final: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, CheckpointError) as error:
+        # ranks agreed on the error, not on its cause
+        reason = error if world() > 1 else error.__cause__ or error
         raise CheckpointError(
-            f"{final}: cannot be written ({error.__cause__ or error}); the checkpoints before it "
-            "are whole. Free space, then go on with --resume."
+            f"{final}: cannot be written ({reason}); the checkpoints before it are whole. Free "
+            "space, then go on with --resume."
         ) from error
 
 

@@ -11,5 +11,4 @@ from hybridzoo.cli import main
 if __name__ == "__main__":
     # the launcher says it in LOCAL_RANK too
     given = [a for a in sys.argv[1:] if not a.startswith(("--local_rank", "--local-rank"))]
-    sys.argv = [sys.argv[0], "train", *given]
-    main()
+    main(["train", *given])
