@@ -246,15 +246,19 @@ class MoE(Layer):
         # autocast knows torch's own products only; without this the experts alone would stay fp32.
         dtype = autocast_dtype(tokens.device) or tokens.dtype
         rows = tokens[order // self.config.top_k].to(dtype)
-        if self.parallel.ep.world == 1:
-            y = self._products(rows, offsets)
-        else:
-            exchange = Exchange.plan(offsets, self.parallel.ep)
-            y = exchange.back(self._products(exchange.there(rows), exchange.offsets))
+        multiply = self._products if self.parallel.ep.world == 1 else self._products_elsewhere
+        y = multiply(rows, offsets)
         # back through the inverse permutation and a sum over k: deterministic, unlike index_add on
         # a GPU.
         picked = y[inverse(order)].unflatten(0, (-1, self.config.top_k))
         return (picked * weights[..., None].to(dtype)).sum(1)
+
+    # how many rows come is known on the host alone, and differs each time: a compiler would compile
+    # anew for it
+    @torch.compiler.disable
+    def _products_elsewhere(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        exchange = Exchange.plan(offsets, self.parallel.ep)
+        return exchange.back(self._products(exchange.there(rows), exchange.offsets))
 
     def _products(self, rows: Tensor, offsets: Tensor) -> Tensor:
         up_weight, down_weight = (
@@ -266,7 +270,7 @@ class MoE(Layer):
 
     def _balance(self, logits: Tensor, scores: Tensor, chosen: Tensor, ctx: Sequence) -> Tensor:
         real = None if ctx.pad_mask is None else ctx.pad_mask.flatten().to(scores.dtype)
-        count = len(scores) if real is None else real.sum().clamp(min=1)
+        count = max(1, len(scores)) if real is None else real.sum().clamp(min=1)
         mask = 1.0 if real is None else real[:, None]
         share = scores / scores.sum(-1, keepdim=True)
         picked = F.one_hot(chosen, self.config.n_experts).sum(1)  # (t, e)

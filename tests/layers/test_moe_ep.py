@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 from hybridzoo.comm import SINGLE
 from hybridzoo.layers import Sequence
@@ -14,7 +15,7 @@ from hybridzoo.parallel.groups import init
 from tests import gloo
 from tests.layers.cases import CASES, D_MODEL, full_weights, randn
 from tests.layers.tp import joined, load_cut
-from tests.models import make_config
+from tests.models import make_config, randint
 
 # float64: an expert's rows come in another order, so its weight's gradient sums in another
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-10}
@@ -65,8 +66,7 @@ def run_rank(_, sizes, config, weights, parts):
     x, w = parts[parallel.dp.rank]
     x, aux = x.clone().requires_grad_(), []
     y = parallel.tp.sum_out(layer(parallel.tp.copy_in(x), None, Sequence(aux=aux)))
-    # a part without tokens has no mean to balance
-    ((y * w).sum() + (sum(aux) if y.numel() else 0)).backward()
+    ((y * w).sum() + sum(aux)).backward()
     with torch.no_grad():
         assert_close(parallel.tp.sum_out(layer(x, None, Sequence())), y, "without gradients")
     grads = {k: p.grad for k, p in layer.named_parameters() if p.requires_grad}
@@ -81,8 +81,7 @@ def run_whole(config, weights, parts):
     w = torch.cat([w.flatten(0, 1) for _, w in parts])[None]
     aux = []
     for tokens in whole.split([x.shape[0] * x.shape[1] for x, _ in parts], 1):
-        if tokens.numel():
-            layer(tokens, None, Sequence(aux=aux))
+        layer(tokens, None, Sequence(aux=aux))
     ((y * w).sum() + sum(aux)).backward()
     grads = {k: p.grad for k, p in layer.named_parameters() if p.requires_grad}
     return y.detach()[0], whole.grad[0], grads
@@ -206,6 +205,29 @@ def test_packed_and_padded_batches_and_generation_equal_one_process():
             expected = model(ids[i], **{k: v[i] for k, v in options.items()}).detach()
             assert_close(logits, expected, f"logits with {list(options)} on rank {i}")
             assert torch.equal(text, model.generate(ids[i], max_new_tokens=5, temperature=0.0))
+
+
+def run_compiled(_, ids):
+    parallel = laid_out(1, 2)
+    model = model_of(parallel)
+    frames = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    mine, counts = ids[parallel.dp.rank], []
+    expected = [model(chunk).detach() for chunk in mine]
+    for block in model.blocks:
+        block.compile(backend=frames)
+    for chunk, plain in zip(mine, expected, strict=True):
+        y = model(chunk)
+        y.sum().backward()
+        assert_close(y.detach(), plain, "compiled")
+        counts.append(frames.frame_count)
+    return counts
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_not_compiled_anew_when_other_counts_travel():
+    ids = [[randint(2, 9, seed=s) for s in range(4 * rank, 4 * rank + 4)] for rank in range(2)]
+    for first, *later in gloo.run(2, run_compiled, ids):
+        assert set(later) == {first}
 
 
 def run_recomputed(_, ids, mode):
