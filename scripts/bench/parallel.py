@@ -9,6 +9,7 @@ floor: half of one GPU's time (for DP all of it) plus the bytes on the link at i
 """
 
 import argparse
+import gc
 import json
 import shutil
 import statistics
@@ -25,6 +26,7 @@ from hybridzoo.config import HybridConfig
 from hybridzoo.model import HybridLM
 from hybridzoo.parallel.engine import Engine, initialize
 from hybridzoo.parallel.groups import finish, init
+from hybridzoo.parallel.optim import lr_at
 from hybridzoo.parallel.pipeline import stages
 from hybridzoo.parallel.recipe import DataRecipe, ParallelRecipe, Recipe
 from hybridzoo.tokenizer import load_tokenizer
@@ -58,11 +60,13 @@ def config_of(name: str, is_tiny: bool) -> HybridConfig:
     return HybridConfig(name=name, d_model=d, vocab_size=vocab_size, pattern=pattern, layers=layers)
 
 
-def recipe_of(batch: int, length: int, accumulate: int, steps: int, **spread) -> Recipe:
+def recipe_of(
+    batch: int, length: int, accumulate: int, steps: int, precision: str = "bf16", **spread
+) -> Recipe:
     return Recipe(
         model="in memory", output="none", data=DataRecipe(source="shakespeare", seq_len=length),
-        steps=steps, batch_size=batch, accumulate=accumulate, lr=2e-4, warmup_steps=10,
-        precision="bf16", parallel=ParallelRecipe(**spread),
+        steps=steps, batch_size=batch, accumulate=accumulate, lr=1e-4, warmup_steps=10,
+        precision=precision, parallel=ParallelRecipe(**spread),
     )  # fmt: skip
 
 
@@ -101,11 +105,20 @@ def sync(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def free() -> None:
+    # DeepSpeed's engines hold themselves in circles
+    gc.collect()
+    torch.cuda.empty_cache()
+    dist.barrier()
+
+
 def curve(engine: Engine | None, recipe: Recipe) -> list[tuple[float, float]]:
     if engine is None:
         return []
     data = data_of(engine, recipe)
-    found = [engine.step(batches_of(data, recipe, i), recipe.lr) for i in range(recipe.steps)]
+    found = [
+        engine.step(batches_of(data, recipe, i), lr_at(recipe, i)) for i in range(recipe.steps)
+    ]
     return [(o.nats, o.norm) for o in found]
 
 
@@ -190,26 +203,23 @@ def bench(name: str, args: argparse.Namespace, device: torch.device) -> dict:
     length, batch = (64, 8) if args.tiny else (2048, 16)
     found = {"n_params": config.n_params(), "logits": logits_of(folder, config, device)}
     curves = {}
-    for layout in ("one GPU", "tp=2"):
-        recipe = recipe_of(4, length // 2, 1, args.steps, **LAYOUTS[layout])
-        curves[layout] = curve(engine_of(folder, config, recipe, device), recipe)
-        torch.cuda.empty_cache()
-        dist.barrier()
-    # the noise of bf16 itself: the same batch summed in two parts
-    recipe = recipe_of(4, length // 2, 2, args.steps, zero_stage=0)
-    engine = engine_of(folder, config, recipe, device)
-    curves["one GPU, summed in two parts"] = curve(engine, recipe)
-    del engine
+    # how far bf16 lies from fp32 on one GPU is its noise, in which tp=2 must stay
+    for precision in ("fp32", "bf16"):
+        for layout in ("one GPU", "tp=2"):
+            recipe = recipe_of(4, length // 2, 1, args.steps, precision, **LAYOUTS[layout])
+            curves[f"{layout} {precision}"] = curve(
+                engine_of(folder, config, recipe, device), recipe
+            )
+            free()
     found["curves"] = curves
     times = {}
-    for layout, spread in LAYOUTS.items():
+    for layout, spread in LAYOUTS.items() if args.timed else ():
         weak = 2 if "dp" in layout else 1
         accumulate = 8 if "pp" in layout else 4 if not args.tiny else 1
         recipe = recipe_of(batch * weak, length, accumulate, args.timed, **spread)
         times[layout] = timed(engine_of(folder, config, recipe, device), recipe, device)
-        torch.cuda.empty_cache()
-        dist.barrier()
-    if dist.get_rank() == 0:
+        free()
+    if times and dist.get_rank() == 0:
         one = times["one GPU"]
         for layout, row in times.items():
             if layout == "one GPU":
