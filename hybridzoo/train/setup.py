@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -64,6 +65,11 @@ def check_ranks(recipe: Recipe, parallel: Parallel) -> None:
         ConfigError: the key, and its legal values.
     """
     spread, n = recipe.parallel, recipe.accumulate * parallel.dp.world
+    if parallel is not SINGLE and find_spec("deepspeed") is None:
+        raise ConfigError(
+            "parallel: DeepSpeed is not installed; ranks train with it. Type: pip install "
+            "'deepspeed>=0.19.8,<0.20', or start one process without a launcher."
+        )
     if recipe.batch_size % n:
         raise ConfigError(
             f"batch_size: ({recipe.batch_size}) cannot be shared by {parallel.dp.world} "
