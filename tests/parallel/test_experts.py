@@ -22,6 +22,7 @@ LAYERS = {
 }
 CONFIG = make_config(pattern="A E A E", layers=LAYERS, shared={}, layers_at={})
 ACCUMULATE = 2
+SLOW = pytest.mark.slow
 
 
 def recipe(**spread):
@@ -46,10 +47,10 @@ def parts(step, dp_rank):
 
 
 @cache
-def laid_out(tp, ep, pp):
+def laid_out(tp, ep, pp, sequence_parallel):
     # which a launcher would have set
     os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())
-    return init(tp=tp, ep=ep, pp=pp)
+    return init(tp=tp, ep=ep, pp=pp, sequence_parallel=sequence_parallel)
 
 
 def train(engine, reads, n_steps):
@@ -67,7 +68,7 @@ def train(engine, reads, n_steps):
 
 def run_rank(_, given, n_steps, config=CONFIG):
     spread = given.parallel
-    parallel = laid_out(spread.tp, spread.ep, spread.pp)
+    parallel = laid_out(spread.tp, spread.ep, spread.pp, spread.sequence_parallel)
     stage = stages(config, spread.pp, "pattern")[parallel.pp.rank]
     model = make_model(config, parallel, torch.float32, stage=stage)
     return train(initialize(model, given), [parallel.dp.rank], n_steps)
@@ -127,17 +128,20 @@ def same_cut(config, got, full, spread, rank, tolerance):
         )
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+@pytest.mark.parametrize(
+    "zero_stage", [pytest.param(0, marks=SLOW), 1, pytest.param(2, marks=SLOW)]
+)
 def test_two_ranks_train_as_one_process(zero_stage):
     check(20, dp=2, ep=2, zero_stage=zero_stage)
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize(
     "spread",
     [
         {"dp": 2, "ep": 2, "tp": 2, "zero_stage": 1},
-        {"dp": 2, "ep": 2, "tp": 2, "zero_stage": 0},
+        {"dp": 2, "ep": 2, "tp": 2, "zero_stage": 0, "recompute": {"E": "full"}},
+        {"dp": 2, "ep": 2, "tp": 2, "zero_stage": 2, "sequence_parallel": True},
         {"dp": 4, "ep": 2, "zero_stage": 2},
         {"dp": 4, "ep": 2, "zero_stage": 0},
         {"dp": 4, "ep": 4, "zero_stage": 1},
@@ -148,7 +152,7 @@ def test_four_ranks_train_as_one_process(spread):
     check(20, **spread)
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("zero_stage", [0, 1])
 @pytest.mark.parametrize("pattern", ["A E | A E", "A A | A E", "E A | A A"])
 def test_pipeline_stages_share_experts_as_one_process(pattern, zero_stage):
