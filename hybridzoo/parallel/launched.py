@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from types import TracebackType
 from typing import NoReturn
 
 import torch.distributed as dist
@@ -43,24 +44,28 @@ def run(
         mistakes: errors that a user's input causes: exit code 2, and no traceback.
         is_debug: show tracebacks of those too.
     """
-    try:
-        try:
-            code = command()
-        except SystemExit as end:
-            code = end.code
-        groups.finish()
-        sys.exit(code)  # type: ignore[arg-type]
-    except mistakes as error:
-        _leave(sentence(error), 2, error if is_debug else None)
-    except KeyboardInterrupt:
-        _exit(130)
-    except Exception as error:
-        if _is_of_contact(error):
+
+    def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, mistakes):
+            _leave(sentence(error), 2, error if is_debug else None)
+        elif isinstance(error, KeyboardInterrupt):
+            _exit(130)
+        elif _is_of_contact(error):
             _is_told(PATIENCE_S)
             is_silent = "imed out" in str(error)
             _say(_SILENT if is_silent else _LOST, error if is_debug else None)
             _exit(1)
         _leave(f"{type(error).__name__}: {error}", 1, error)
+
+    # not a handler: an error that nobody expects comes here too, and the interpreter's own farewell
+    # would wait for the other ranks
+    sys.excepthook = end
+    try:
+        code = command()
+    except SystemExit as asked:
+        code = asked.code
+    groups.finish()
+    sys.exit(code)  # type: ignore[arg-type]
 
 
 def lose() -> NoReturn:
@@ -69,14 +74,14 @@ def lose() -> NoReturn:
     _exit(1)
 
 
-def _leave(text: str, code: int, error: Exception | None) -> NoReturn:
+def _leave(text: str, code: int, error: BaseException | None) -> NoReturn:
     # a mistake in a recipe is every rank's: rank 0 says it, and the launcher ends the others
     if launcher.rank() == 0 or not _is_told(PATIENCE_S):
         _say(text, error)
     _exit(code)
 
 
-def _say(text: str, error: Exception | None) -> None:
+def _say(text: str, error: BaseException | None) -> None:
     prefix = "" if text.startswith("rank ") else f"rank {launcher.rank()}: "
     # one write: lines of several ranks do not mix
     sys.stderr.write(f"{prefix}{text}\n")
@@ -103,7 +108,7 @@ def _is_told(seconds: float) -> bool:
     return False
 
 
-def _is_of_contact(error: Exception) -> bool:
+def _is_of_contact(error: BaseException) -> bool:
     # gloo's errors are bare RuntimeErrors that name its source file
     return isinstance(error, dist.DistError) or any(w in str(error) for w in ("gloo", "NCCL"))
 
