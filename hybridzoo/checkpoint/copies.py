@@ -40,7 +40,7 @@ def _sum(tensor: Tensor) -> int:
     flat = tensor.reshape(-1).contiguous().view(_INTEGERS[tensor.element_size()]).to(torch.int64)
     weights = torch.arange(1, flat.numel() + 1, device=flat.device).mul_(_WEIGHT).bitwise_or_(1)
     # integers wrap around, so the order of summing is no matter
-    return int(flat.mul_(weights).sum())
+    return int(weights.mul_(flat).sum())
 
 
 def check_copies(sums: Sequence[Sums]) -> None:

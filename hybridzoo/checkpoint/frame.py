@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hybridzoo.checkpoint.archive import Entry, load_tensors, read_entries, wrong_sums
 from hybridzoo.checkpoint.shard import DTYPE_NAMES, DTYPES, Shard, Spec
+from hybridzoo.checkpoint.transfer import memory_of
 from hybridzoo.errors import CheckpointError
 from hybridzoo.options import shown
 
@@ -234,7 +235,7 @@ def data_of(
     tensor = tensor.detach().to(device="cpu", dtype=DTYPES[spec.dtype])
     if name in orders:
         tensor = tensor.reshape(spec.shape).permute(orders[name])
-    return tensor.reshape(-1).contiguous().view(torch.uint8).numpy().data
+    return memory_of(tensor.contiguous())
 
 
 def check_size(where: str, name: str, tensor: Tensor, spec: Spec) -> None:

@@ -88,7 +88,7 @@ class Reader:
             with torch.inference_mode():
                 step.run()
             if leave:
-                step.file.forget(step.offset, step.n_bytes)
+                step.forget()
 
         # two, so that one copies or casts while the other waits for the disk.
         with ThreadPoolExecutor(2) as pool:

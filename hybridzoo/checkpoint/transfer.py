@@ -19,8 +19,9 @@ from hybridzoo.errors import CheckpointError
 
 # one read, and one buffer; 16 MiB was faster than 4, more so where a load leaves the cache.
 STEP_BYTES = 2**24
-# shorter runs are read with what lies between them: a disk gives that for free.
-_SHORT_RUN = 2**20
+# shorter runs are read with what lies between them, until a read has the length of the other: to
+# ask for each would take longer.
+_SHORT_RUN, _LONG_RUN = 2**10, 2**20
 
 
 @dataclass(frozen=True)
@@ -107,20 +108,42 @@ class OpenFile:
 
 
 @dataclass(frozen=True)
+class Runs:
+    """Runs of bytes of one length in a file, at most STEP_BYTES together, and what belongs there.
+
+    Attributes:
+        offsets: each run's first byte.
+        tensor: the elements, run after run.
+    """
+
+    offsets: list[int]
+    tensor: Tensor
+
+    def write(self, fd: int, dtype: torch.dtype) -> None:
+        """Write the tensor there, as `dtype`."""
+        data = memory_of(self.tensor.detach().to(device="cpu", dtype=dtype).contiguous())
+        n = len(data) // len(self.offsets)
+        for i, offset in enumerate(self.offsets):
+            done = 0
+            while done < n:
+                done += os.pwrite(fd, data[i * n + done : (i + 1) * n], offset + done)
+
+
+@dataclass(frozen=True)
 class Step:
-    """One read of at most STEP_BYTES, or of one element of every row where those are few.
+    """One read: at most STEP_BYTES, or one element of every row where those are few.
 
     Attributes:
         file: what is read.
-        offset: its first byte.
+        offsets: first bytes of the runs that are read, all of one length.
         dtype: of the stored elements.
-        shape: what lies there, end to end.
+        shape: what lies there, run after run.
         start: where in it the box begins.
         target: what the box is read into.
     """
 
     file: OpenFile
-    offset: int
+    offsets: list[int]
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: tuple[int, ...]
@@ -140,29 +163,42 @@ class Step:
             and target.shape == self.shape
             and target.is_contiguous()
         ):
-            self.file.read(self.offset, _memory(target))
+            self._read(memory_of(target))
             return
         # pinned memory is torch's to keep and to give again
         raw = torch.empty(self.n_bytes, dtype=torch.uint8, device="cpu", pin_memory=target.is_cuda)
-        self.file.read(self.offset, _memory(raw))
+        self._read(memory_of(raw))
         found = raw.to(target.device).view(self.dtype).view(self.shape)
         target.copy_(narrow(found, self.start, target.shape))
         if target.is_cuda:
             # this thread's stream need not be the one that the weights are used on
             torch.cuda.current_stream(target.device).synchronize()
 
+    def forget(self) -> None:
+        """Take what was read out of the system's cache."""
+        for offset in self.offsets:
+            self.file.forget(offset, self.n_bytes // len(self.offsets))
+
+    def _read(self, memory: memoryview) -> None:
+        n = len(memory) // len(self.offsets)
+        for i, offset in enumerate(self.offsets):
+            self.file.read(offset, memory[i * n : (i + 1) * n])
+
 
 def steps(piece: Piece, file: OpenFile, offset: int, dtype: torch.dtype) -> Iterator[Step]:
     """Cut a piece of the tensor at `offset` into reads, in the order of the file."""
     # a dimension of size one in front: then all of a small tensor is one row of it.
     shape, start, target = (1, *piece.shape), (0, *piece.start), piece.target[None]
-    sizes = target.shape
+    sizes, strides = target.shape, _strides(shape, dtype)
     if not target.numel():
         return
-    strides = [prod(shape[d + 1 :]) * dtype.itemsize for d in range(len(shape))]
-    # from `dim` on, what is read lies end to end
-    dim = max((d for d, n in enumerate(sizes) if n != shape[d]), default=0)
-    while prod(sizes[:dim]) > 1 and sizes[dim] * strides[dim] < _SHORT_RUN:
+    dim = _first_whole(sizes, shape)
+    if prod(sizes[:dim]) == 1 or sizes[dim] * strides[dim] >= _SHORT_RUN:
+        for batch in runs(piece, offset, dtype):
+            size = batch.tensor.shape
+            yield Step(file, batch.offsets, dtype, size, (0,) * len(size), batch.tensor)
+        return
+    while prod(sizes[:dim]) > 1 and sizes[dim] * strides[dim] < _LONG_RUN:
         dim -= 1
     while strides[dim] > STEP_BYTES:
         dim += 1
@@ -173,7 +209,7 @@ def steps(piece: Piece, file: OpenFile, offset: int, dtype: torch.dtype) -> Iter
             place = (first + i for first, i in zip(start, (*outer, row), strict=False))
             yield Step(
                 file,
-                offset + sum(i * stride for i, stride in zip(place, strides, strict=False)),
+                [offset + sum(map(mul, place, strides))],
                 dtype,
                 (rows, *shape[dim + 1 :]),
                 (0, *start[dim + 1 :]),
@@ -181,41 +217,17 @@ def steps(piece: Piece, file: OpenFile, offset: int, dtype: torch.dtype) -> Iter
             )
 
 
-@dataclass(frozen=True)
-class Runs:
-    """One batch of writes: runs of bytes of one length, of at most STEP_BYTES together.
-
-    Attributes:
-        offsets: each run's first byte in the file.
-        source: what is written there, run after run.
-    """
-
-    offsets: list[int]
-    source: Tensor
-
-    def write(self, fd: int, dtype: torch.dtype) -> None:
-        """Write them as `dtype`."""
-        data = _memory(self.source.detach().to(device="cpu", dtype=dtype).contiguous())
-        n = len(data) // len(self.offsets)
-        for i, offset in enumerate(self.offsets):
-            done = 0
-            while done < n:
-                done += os.pwrite(fd, data[i * n + done : (i + 1) * n], offset + done)
-
-
 def runs(piece: Piece, offset: int, dtype: torch.dtype) -> Iterator[Runs]:
-    """Cut a piece of the tensor at `offset` into writes, which touch no byte of its neighbours."""
-    shape, start, source = (1, *piece.shape), (0, *piece.start), piece.target[None]
-    sizes = source.shape
-    if not source.numel():
+    """Where in a file the elements of a piece of the tensor at `offset` are, and no others."""
+    shape, start, tensor = (1, *piece.shape), (0, *piece.start), piece.target[None]
+    sizes, strides = tensor.shape, _strides(shape, dtype)
+    if not tensor.numel():
         return
-    strides = [prod(shape[d + 1 :]) * dtype.itemsize for d in range(len(shape))]
-    rows_of = [prod(sizes[d + 1 :]) * dtype.itemsize for d in range(len(shape))]
     base = offset + sum(map(mul, start, strides))
-    # from `dim` on, what is written lies end to end; along `top` the batches are cut
-    dim = max((d for d, n in enumerate(sizes) if n != shape[d]), default=0)
-    top = next(d for d, n in enumerate(rows_of) if n <= STEP_BYTES)
-    n_rows = max(1, STEP_BYTES // rows_of[top])
+    # from `dim` on, the elements lie end to end; along `top` the batches are cut
+    dim, own = _first_whole(sizes, shape), _strides(sizes, dtype)
+    top = next(d for d, n in enumerate(own) if n <= STEP_BYTES)
+    n_rows = max(1, STEP_BYTES // own[top])
     for outer in itertools.product(*map(range, sizes[:top])):
         for row in range(0, sizes[top], n_rows):
             rows = min(n_rows, sizes[top] - row)
@@ -223,8 +235,19 @@ def runs(piece: Piece, offset: int, dtype: torch.dtype) -> Iterator[Runs]:
             inner = [range(rows), *map(range, sizes[top + 1 : dim])] if top < dim else []
             places = itertools.product(*inner)
             offsets = [first + sum(map(mul, place, strides[top:])) for place in places]
-            yield Runs(offsets, source[outer].narrow(0, row, rows))
+            yield Runs(offsets, tensor[outer].narrow(0, row, rows))
 
 
-def _memory(tensor: Tensor) -> memoryview:
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+def _strides(shape: Sequence[int], dtype: torch.dtype) -> list[int]:
+    return [prod(shape[d + 1 :]) * dtype.itemsize for d in range(len(shape))]
+
+
+def _first_whole(sizes: Sequence[int], shape: Sequence[int]) -> int:
+    """The dimension from which on a box lies end to end."""
+    return max((d for d, n in enumerate(sizes) if n != shape[d]), default=0)
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, not a copy."""
+    # a single element counts as contiguous whatever its strides, but is not viewed as bytes then
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data

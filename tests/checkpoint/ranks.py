@@ -11,9 +11,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from hybridzoo.checkpoint import load, open_source, save
+from hybridzoo.checkpoint import load, open_source, save, spread, transfer
+from hybridzoo.checkpoint.crew import Crew
 from hybridzoo.checkpoint.layout import load_into
+from hybridzoo.checkpoint.slots import load_slots, save_slots
 from hybridzoo.checkpoint.transfer import OpenFile
+from hybridzoo.checkpoint.writer import Writer
 from hybridzoo.config import HybridConfig
 from hybridzoo.errors import CheckpointError
 from hybridzoo.layers.init import seeded
@@ -120,9 +123,16 @@ def counts_reads(_, layout, source):
     dtype = opened_source.main_dtype()
     stage = stage_of(parallel, config)
     model = HybridLM(config, parallel=parallel, stage=stage, dtype=dtype, init=False)
-    with replaced(
-        OpenFile, "read", lambda own: lambda self, at, to: (read.append(len(to)), own(self, at, to))
-    ):
+
+    def counted(own):
+        def call(self, offset, memory):
+            read.append(len(memory))
+            own(self, offset, memory)
+
+        return call
+
+    # rows of small models are shorter than what is worth a read of its own
+    with replaced(OpenFile, "read", counted), replaced(transfer, "_SHORT_RUN", lambda own: 0):
         load_into(model, opened_source)
     return sum(read), sum(p.nbytes for p in model.parameters())
 
@@ -189,7 +199,7 @@ def save_that_is_killed(parallel, layout, source, target, rank, function, count)
         return call
 
     with replaced(os, function, deadly):
-        save(model, target)
+        save(model, target, max_shard_bytes=9000)
 
 
 def save_with_a_slow_rank(parallel, layout, source, target, rank):
@@ -197,14 +207,14 @@ def save_with_a_slow_rank(parallel, layout, source, target, rank):
     model = opened(layout, source)
 
     def slow(own):
-        def pwrite(*args):
-            if parallel.tp.rank == rank:
-                time.sleep(0.02)
-            return own(*args)
+        def put(self, piece):
+            if parallel.tp.rank == rank and piece.name == "head.weight":
+                time.sleep(0.7)
+            own(self, piece)
 
-        return pwrite
+        return put
 
-    with replaced(os, "pwrite", slow):
+    with replaced(Writer, "put", slow):
         save(model, target)
     return contents(target)
 
@@ -264,3 +274,113 @@ def saves_partitioned(parallel, layout, source, target, failing):
         except CheckpointError as error:
             return str(error)
     return ""
+
+
+def said(action):
+    """The error's sentence, or nothing."""
+    try:
+        action()
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def save_in_layout(_, layout, source, target, name):
+    model = opened(layout, source)
+    return said(lambda: save(model, target, layout=name))
+
+
+def shares_evenly(_, layout, source, target):
+    """Bytes that this rank writes where no box is too small to be shared."""
+    with replaced(spread, "_SHARE_BYTES", lambda own: 1):
+        return sum(n for _, _, n in counts_writes(_, layout, source, target))
+
+
+def saves_a_part(_, layout, source, target):
+    """Both ranks of a pipeline are its first stage."""
+    parallel = axes(layout)
+    model = load(source, parallel=parallel, stage=range(5))
+    return said(lambda: save(model, target))
+
+
+def saves_another_dtype(parallel, layout, source, target):
+    model = opened(layout, source)
+    if parallel.tp.rank == 1:
+        model.norm.double()
+    return said(lambda: save(model, target))
+
+
+def measures_memory(_, layout, source, target):
+    """By how much a save makes this rank's memory grow at most, and the bytes it holds."""
+    model = opened(layout, source)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    save(model, target)
+    return status("VmHWM") - before, sum(p.nbytes for p in model.parameters())
+
+
+def status(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(field)))
+
+
+def slots_of(model):
+    """A moment as a trainer has it: of the parameter's shape here, the same whatever the ranks."""
+
+    def read(name, slot):
+        scale = {"exp_avg": 0.5, "exp_avg_sq": -2.0}[slot]
+        return model.get_parameter(name).detach().float() * scale
+
+    return read
+
+
+SLOTS = ("exp_avg", "exp_avg_sq")
+
+
+def saves_slots(_, layout, source, target, failing=None):
+    model = opened(layout, source)
+
+    def full(own):
+        def pwrite(*args):
+            raise OSError(errno.ENOSPC, "full")
+
+        return pwrite if dist.get_rank() == failing else own
+
+    with replaced(os, "pwrite", full):
+        return said(lambda: save_slots(target, model, SLOTS, slots_of(model)))
+
+
+def loads_slots(_, layout, source, directory):
+    """Compares with the model of this layout; how many there are, and bytes read."""
+    model = opened(layout, source)
+    read, names = slots_of(model), []
+    for name, values in load_slots(directory, model, SLOTS):
+        names.append(name)
+        assert values.keys() == set(SLOTS)
+        for slot, tensor in values.items():
+            assert tensor.dtype == torch.float32
+            assert torch.equal(tensor, read(name, slot)), (name, slot)
+    trained = [v for _, p, names in model.local_names() if p.trained for v in names.values()]
+    assert names == trained
+    return len(names)
+
+
+def phase_that_fails(parallel, error):
+    """What a phase says where rank 1 fails; after an interrupt, that and no waiting."""
+    crew = Crew.of(parallel)
+    try:
+        with crew.phase():
+            if parallel.tp.rank == 1:
+                raise error
+    except KeyboardInterrupt:
+        with crew.phase():
+            return "KeyboardInterrupt"
+    except CheckpointError as found:
+        return str(found)
+    return ""
+
+
+def saves_elsewhere(parallel, directory):
+    """Each rank to a directory of its own, as where hosts share no disk."""
+    model = HybridLM(make_config(), parallel=parallel)
+    return said(lambda: save(model, directory / str(parallel.tp.rank)))
