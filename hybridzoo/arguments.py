@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from hybridzoo.comm import Parallel
+    from hybridzoo.model import HybridLM
     from hybridzoo.tokenizer import Tokenizer
     from hybridzoo.zoo.cache import Snapshot
 
@@ -92,6 +94,46 @@ def served(got: Snapshot) -> str:
     return f"{got.repo}: commit {got.commit}{', from the cache' if got.was_cached else ''}"
 
 
+def load(
+    model: str, revision: str | None, *, tp: int, device: str, dtype: str, quiet: bool
+) -> tuple[HybridLM, Tokenizer]:
+    """A model and its tokenizer; of tp ranks each gets its part, and the first one downloads.
+
+    Raises:
+        ConfigError: the launcher started other ranks, or --device names one GPU for all of them.
+    """
+    from hybridzoo.parallel.agree import from_first
+    from hybridzoo.zoo import load as load_model
+    from hybridzoo.zoo import load_tokenizer_of
+
+    parallel, place = _join(tp, parse_device(device))
+    directory = from_first(lambda: find(model, revision, quiet=quiet))
+    lm = load_model(directory, dtype=parse_dtype(dtype, place), device=place, parallel=parallel)
+    return lm, load_tokenizer_of(directory, lm.config)
+
+
+def _join(tp: int, device: torch.device) -> tuple[Parallel, torch.device]:
+    """This process's place among the ranks of --tp, and its device."""
+    import torch
+
+    from hybridzoo.comm import SINGLE
+    from hybridzoo.launcher import is_launched
+    from hybridzoo.parallel.groups import init
+
+    if tp == 1 and not is_launched():
+        return SINGLE, device
+    if device.index is not None:
+        rule = "each rank has a GPU of its own"
+        raise ConfigError(f"--device: one GPU ({device}) with --tp {tp}; {rule}. Use auto or cuda.")
+    parallel = init(tp=tp, device=device)
+    if parallel.dp.world > 1:
+        n = parallel.dp.world * tp
+        rule = "all of them share one model"
+        raise ConfigError(f"--tp: {tp} of {n} ranks would share a model; {rule}. Use --tp {n}.")
+    is_gpu = device.type == "cuda"
+    return parallel, torch.device("cuda", torch.cuda.current_device()) if is_gpu else device
+
+
 def encode(prompt: str, tokenizer: Tokenizer) -> torch.Tensor:
     """--prompt as ids (1, l); ConfigError where there would be none."""
     import torch
@@ -105,8 +147,9 @@ def encode(prompt: str, tokenizer: Tokenizer) -> torch.Tensor:
     return torch.tensor([ids])
 
 
-def write(texts: Iterable[str]) -> None:
-    """Text to stdout, piece by piece."""
+def write(texts: Iterable[str], *, aloud: bool = True) -> None:
+    """Text to stdout, piece by piece; if not aloud, the pieces are only made."""
     # bytes: whatever the locale, and argv's raw bytes as they came; echo flushes
     for text in texts:
-        typer.echo(text.encode("utf-8", "surrogateescape"), nl=False)
+        if aloud:
+            typer.echo(text.encode("utf-8", "surrogateescape"), nl=False)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridzoo.config import Branch, HybridConfig
+from hybridzoo.errors import ConfigError
 from hybridzoo.kernels.dispatch import autocast_dtype
 from hybridzoo.layers import Layer, Sequence, State
 from hybridzoo.layers.norm import LayerNorm, RMSNorm
@@ -100,6 +101,16 @@ class Block(nn.Module):
 def scaled(x: Tensor, multiplier: float) -> Tensor:
     """X times a multiplier, which is usually 1."""
     return x if multiplier == 1.0 else x * multiplier
+
+
+def stage_places(stage: range | None, n: int) -> range:
+    """The places of a stack of n that a model holds: a pipeline stage's; None is all."""
+    if stage is None:
+        return range(n)
+    if not stage or stage.step != 1 or stage.start < 0 or stage.stop > n:
+        rule = f"it is one or more places in a row, of 0 to {n - 1}"
+        raise ConfigError(f"stage: {stage} cannot be built; {rule}. Use pipeline.stages.")
+    return stage
 
 
 def _casting_each_time(device: torch.device) -> AbstractContextManager[Any]:

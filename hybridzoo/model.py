@@ -11,13 +11,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from hybridzoo.block import Block, scaled
+from hybridzoo.block import Block, scaled, stage_places
 from hybridzoo.comm import SINGLE, Parallel
 from hybridzoo.config import HybridConfig, branch_prefix
 from hybridzoo.errors import CheckpointError, ConfigError
 from hybridzoo.kernels.dispatch import autocast_dtype
 from hybridzoo.layers import Layer, Param, Sequence, State
-from hybridzoo.layers.embedding import vocab_embedding
+from hybridzoo.layers.embedding import vocab_embedding, vocab_head
 from hybridzoo.layers.init import seeded
 from hybridzoo.layers.norm import stream_norm
 from hybridzoo.layers.state import check_shapes
@@ -52,21 +52,24 @@ class HybridLM(nn.Module):
         super().__init__()
         config.check_parallel(parallel)
         self.config, self.parallel = config, parallel
-        self.stage = _checked(stage, len(config.places))
-        self.is_first = self.stage.start == 0
-        self.is_last = self.stage.stop == len(config.places)
-        where = {"device": device, "dtype": dtype, "parallel": parallel}
-        d, tp = config.d_model, parallel.tp
-        self.vocab_range = config.vocab_ranges(tp.world)[tp.rank]
-        rows = len(self.vocab_range)
+        n = len(config.places)
+        self.stage = stage_places(stage, n)
+        self.is_first, self.is_last = self.stage.start == 0, self.stage.stop == n
+        self.vocab_range = config.vocab_ranges(parallel.tp.world)[parallel.tp.rank]
+        self._build(device=device, dtype=dtype, parallel=parallel)
+        if init and next(self.parameters()).device.type != "meta":
+            self.init_weights(seed)
+
+    def _build(self, **where: Any) -> None:
+        config, d, rows = self.config, self.config.d_model, len(self.vocab_range)
 
         def empty(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            return nn.Parameter(torch.empty(shape, device=where["device"], dtype=where["dtype"]))
 
-        rules = (partial(empty, d), config.norm_eps, config.norm_weight_fp32, parallel)
+        rules = (partial(empty, d), config.norm_eps, config.norm_weight_fp32, self.parallel)
         self.embed = self.norm = self.head = None
         if self.is_first or (self.is_last and config.tie_embeddings):
-            self.embed = vocab_embedding(empty(rows, d), self.vocab_range.start, tp)
+            self.embed = vocab_embedding(empty(rows, d), self.vocab_range.start, self.parallel.tp)
         used = {b.shared for i in self.stage for b in config.places[i]}
         self.shared = nn.ModuleDict(
             {name: layer.build(d, **where) for name, layer in config.shared.items() if name in used}
@@ -79,11 +82,7 @@ class HybridLM(nn.Module):
         )
         if self.is_last:
             self.norm = stream_norm(config.norm, *rules)
-            # on meta first: a tied head needs no memory of its own
-            self.head = nn.Linear(d, rows, bias=False, device="meta")
-            self.head.weight = self.embed.weight if config.tie_embeddings else empty(rows, d)
-        if init and next(self.parameters()).device.type != "meta":
-            self.init_weights(seed)
+            self.head = vocab_head(self.embed.weight if config.tie_embeddings else empty(rows, d))
 
     def forward(
         self,
@@ -292,12 +291,3 @@ class HybridLM(nn.Module):
         from hybridzoo.zoo.publish import push
 
         return push(self, repo, **options)
-
-
-def _checked(stage: range | None, n: int) -> range:
-    if stage is None:
-        return range(n)
-    if not stage or stage.step != 1 or stage.start < 0 or stage.stop > n:
-        rule = f"it is one or more places in a row, of 0 to {n - 1}"
-        raise ConfigError(f"stage: {stage} cannot be built; {rule}. Use pipeline.stages.")
-    return stage

@@ -117,3 +117,36 @@ def test_sequence_parallel_embedding_and_head_scatter_and_gather():
         assert embedding == ([scatter], [gather])
         assert head[0] == [gather, ("all_gather", B * L * 12)]
         assert sorted(head[1]) == sorted([scatter, *sums(D)])
+
+
+def run_stack(parallel, sequence_parallel, recompute, backend):
+    """Logits and gradients of a stack, as it is or with each block one compiled graph."""
+    torch.compiler.reset()
+    parallel = replace(parallel, sequence_parallel=sequence_parallel)
+    model = make_model(make_config(pattern="[MA]FE", layers_at={}), parallel)
+    for block in model.blocks:
+        block.recompute = recompute
+        if backend is not None:
+            block.compile(backend=backend, fullgraph=True)
+    ctx = Sequence(aux=[])
+    # 4 tokens: tracing unrolls the scans
+    logits = model.logits(model.hidden(randint(2, 4), None, ctx))
+    (logits.square().sum() + sum(ctx.aux)).backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {"logits": logits.detach(), **grads}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sequence_parallel", "recompute", "backend"),
+    [(False, "none", "aot_eager"), (True, "none", "eager"), (True, "full", "aot_eager")],
+)
+def test_a_ranks_block_compiles_to_one_graph(sequence_parallel, recompute, backend, monkeypatch):
+    monkeypatch.setattr(gloo, "TIMEOUT_S", 500)
+    options = (sequence_parallel, recompute)
+    compiled = gloo.run(2, run_stack, *options, backend)
+    for got, expected in zip(compiled, gloo.run(2, run_stack, *options, None), strict=True):
+        assert got.keys() == expected.keys()
+        for name, tensor in expected.items():
+            # float64: a graph may sum in another order
+            torch.testing.assert_close(got[name], tensor, rtol=1e-10, atol=1e-10, msg=name)

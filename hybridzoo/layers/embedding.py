@@ -1,4 +1,4 @@
-"""The embedding of a tensor-parallel rank: its own rows of the vocabulary."""
+"""The embedding and head of a tensor-parallel rank: its own rows of the vocabulary."""
 
 from __future__ import annotations
 
@@ -33,3 +33,11 @@ def vocab_embedding(weight: nn.Parameter, start: int, axis: Axis) -> nn.Embeddin
     embedding = VocabEmbedding.from_pretrained(weight, freeze=False)
     embedding.start = start
     return embedding
+
+
+def vocab_head(weight: nn.Parameter) -> nn.Linear:
+    """The head of those rows: (.., d) -> (.., v)."""
+    # on meta first: a tied one needs no memory of its own
+    head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    head.weight = weight
+    return head
