@@ -64,6 +64,9 @@ def run(
         code = command()
     except SystemExit as asked:
         code = asked.code
+    finally:
+        # typer and torch.distributed put their own in its place
+        sys.excepthook = end
     groups.finish()
     sys.exit(code)  # type: ignore[arg-type]
 
