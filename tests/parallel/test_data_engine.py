@@ -23,6 +23,12 @@ TP4 = (4, {"tp": 4})
 NAMES = {"DP2": DP2, "TP2": TP2, "TP2_DP2": TP2_DP2, "SEQUENCE": SEQUENCE, "TP4": TP4}
 
 
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch):
+    """A rank's first job imports deepspeed, which takes a while on a busy machine."""
+    monkeypatch.setattr(gloo, "TIMEOUT_S", 180)
+
+
 def given_for(layout, stage, **change):
     world, spread = layout
     spread = spread | {"zero_stage": stage} | change.pop("parallel", {})
@@ -169,9 +175,20 @@ def test_an_untrained_bias_is_written_and_read_where_weights_are_gathered(tmp_pa
         assert bias.tolist() == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_buckets_smaller_than_a_parameter_change_no_gradient(stage, tmp_path):
+    """An embedding of a large vocabulary is larger than the usual bucket."""
+    zero = {"reduce_bucket_size": 100, "allgather_bucket_size": 100}
+    check(DP2, stage, 2, parallel={"deepspeed": written(tmp_path, zero)})
+
+
 def gathered(folder):
+    return written(folder, {"stage3_param_persistence_threshold": 0})
+
+
+def written(folder, zero):
     path = folder / "ds_config.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))
+    path.write_text(json.dumps({"zero_optimization": zero}))
     return str(path)
 
 
