@@ -164,7 +164,7 @@ def test_a_failure_of_one_rank_is_said_by_all(tmp_path, source, layout, rank, fu
     assert len(sentences) == 1
     assert f"rank {rank}: {target}: cannot be written (No space left on device)" in sentences.pop()
     # nobody waited for the one that failed
-    assert max(seconds for _, seconds in answers) < 5
+    assert max(seconds for _, seconds in answers) < 20
     assert contents(target) == before
     run(ranks.loads_and_saves, layout, source, whole(source), target, {"max_shard_bytes": 9000})
     assert contents(target) == before
