@@ -101,5 +101,3 @@ def test_average_is_the_recurrence_and_leaves_the_weights():
         torch.testing.assert_close(weight.detach(), expected)
         raise KeyError
     assert weight.tolist() == [16.0, 17.0]
-
-
