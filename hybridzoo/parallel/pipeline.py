@@ -17,9 +17,10 @@ from hybridzoo.config import HybridConfig
 from hybridzoo.errors import ConfigError
 from hybridzoo.model import HybridLM
 from hybridzoo.parallel import ds_config, optim
-from hybridzoo.parallel.deepspeed import DataEngine, link_slots, load, over, tag
+from hybridzoo.parallel.deepspeed import DataEngine, link_slots, load
 from hybridzoo.parallel.engine import Engine, Outcome
 from hybridzoo.parallel.loss import IGNORE, Batch, loss, sequence
+from hybridzoo.parallel.norm import over, tag
 
 Cut = tuple[int, int, tuple[int, ...]]
 

@@ -246,6 +246,7 @@ def check(case, ranks, *, rtol=1e-5):
     return one
 
 
+@pytest.mark.slow
 def test_two_stages_of_20_steps():
     case = Case(pp=2, accumulate=4, steps=20)
     check(case, gloo.run(2, job, case))
@@ -254,6 +255,7 @@ def test_two_stages_of_20_steps():
 @pytest.mark.parametrize(
     "change",
     [
+        {"accumulate": 4},
         {"tied": False, "is_packed": True},
         {"zero": 0, "clip": 0.5},
         {"clip": None, "accumulate": 1, "nan_at": 1},
