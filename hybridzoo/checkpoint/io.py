@@ -158,14 +158,15 @@ def commit(
         with crew.phase(), _writing(directory):
             if crew.is_first:
                 _stage(directory, layout, texts, undo)
-        with crew.phase() as filled, _writing(directory):
+        # before `fill`, in which ranks may wait for each other
+        with crew.phase():
             if not staging.is_dir():
                 raise CheckpointError(
                     f"{directory}: not the directory that rank 0 writes to; the ranks share one "
                     "file system. Save to a place that every host sees."
                 )
-            with Writer(staging, layout.files) as writer:
-                filled.value = fill(writer)
+        with crew.phase() as filled, _writing(directory), Writer(staging, layout.files) as writer:
+            filled.value = fill(writer)
         check(filled.values)
         with crew.phase(), _writing(directory):
             if crew.is_first:
