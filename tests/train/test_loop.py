@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from hybridzoo.checkpoint import load, save
+from hybridzoo.comm import SINGLE, Axis, Parallel
 from hybridzoo.errors import ConfigError
 from hybridzoo.parallel.optim import Average
 from hybridzoo.tokenizer import load_tokenizer
@@ -184,6 +185,22 @@ def test_dropout_is_off_when_evaluating_and_on_again_after(tmp_path):
     # the same step draws the same dropout, another step another
     assert nats_of("a", 0) == nats_of("b", 0)
     assert nats_of("c", 1) != nats_of("d", 0)
+
+
+def test_ranks_that_compute_the_same_values_draw_the_same_dropout(tmp_path):
+    """And others do not: each data-parallel rank, stage, and share of the tokens its own."""
+    recipe = runs.recipe(tmp_path)
+
+    def seed(step=3, **options):
+        axes = {k: Axis(v, 4) for k, v in options.items() if k != "sequence_parallel"}
+        flags = {k: v for k, v in options.items() if k == "sequence_parallel"}
+        return loop._step_seed(recipe, step, Parallel(**axes, **flags))
+
+    # one process, whose runs of old must go on to the bit
+    assert seed() == loop._step_seed(recipe, 3, SINGLE)
+    assert seed(dp=0, pp=0, tp=0) == seed(tp=1) == seed(ep=1) == seed()
+    others = [seed(dp=1), seed(pp=1), seed(tp=1, sequence_parallel=True), seed(step=4)]
+    assert len({seed(), *others}) == 5
 
 
 def test_bf16_keeps_fp32_weights_and_computes_in_bf16(tmp_path):
