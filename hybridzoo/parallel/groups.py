@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -91,6 +92,7 @@ def _join(world: int, limit: timedelta, device: torch.device | str | None) -> No
         # torch.distributed and DeepSpeed read them
         os.environ[name] = str(number(name))
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    options: dict[str, Any] = {}
     if kind == "cuda":
         local, n_gpus = number("LOCAL_RANK"), torch.cuda.device_count()
         if local >= n_gpus:
@@ -99,8 +101,12 @@ def _join(world: int, limit: timedelta, device: torch.device | str | None) -> No
                 f"{n_gpus} GPUs; each rank needs its own. Start fewer ranks."
             )
         torch.cuda.set_device(local)
+        # else NCCL guesses it from the rank
+        options["device_id"] = torch.device("cuda", local)
     backend = "nccl" if kind == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=number("RANK"), world_size=world, timeout=limit)
+    dist.init_process_group(
+        backend, rank=number("RANK"), world_size=world, timeout=limit, **options
+    )
 
 
 def _axis(groups: Sequence[list[int]], limit: timedelta) -> Axis:
