@@ -203,20 +203,21 @@ def save_that_is_killed(parallel, layout, source, target, rank, function, count)
 
 
 def save_with_a_slow_rank(parallel, layout, source, target, rank):
-    """The files as this rank sees them right after its save."""
-    model = opened(layout, source)
+    """The files as this rank sees them while it still writes, and right after its save."""
+    model, before = opened(layout, source), []
 
     def slow(own):
         def put(self, piece):
             if parallel.tp.rank == rank and piece.name == "head.weight":
                 time.sleep(0.7)
+                before.extend(path.name for path in Path(target).iterdir())
             own(self, piece)
 
         return put
 
     with replaced(Writer, "put", slow):
         save(model, target)
-    return contents(target)
+    return before, contents(target)
 
 
 def contents(directory):

@@ -217,7 +217,9 @@ def test_a_killed_rank_leaves_one_whole_checkpoint(tmp_path, source, rank, funct
 def test_nobody_returns_before_the_slowest_rank_has_written(tmp_path, source, rank):
     found = run(ranks.save_with_a_slow_rank, "tp2", source, tmp_path / "new", rank)
     save(make_model(), tmp_path / "one")
-    assert found == [contents(tmp_path / "one")] * 2
+    assert [files for _, files in found] == [contents(tmp_path / "one")] * 2
+    # nor is anything committed before
+    assert set(found[rank][0]) == {".saving"}
 
 
 def test_ranks_that_do_not_hold_the_model_are_refused(tmp_path, source):
