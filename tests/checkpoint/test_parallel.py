@@ -204,7 +204,8 @@ def test_partitioned_parameters_are_saved_and_a_full_disk_stops_nobody(tmp_path,
 def test_a_killed_rank_leaves_one_whole_checkpoint(tmp_path, source, rank, function, count, is_new):
     target = tmp_path / "target"
     save(make_model(pattern="W", layers={"W": {"shared": "tail"}}, d_model=20), target)
-    with pytest.raises(AssertionError, match=f"rank {rank} died"):
+    # the others hear of it from gloo, maybe before this process does
+    with pytest.raises(AssertionError, match=f"rank {rank} died|onnection closed by peer|reset"):
         run(ranks.save_that_is_killed, "tp2", source, target, rank, function, count)
     assert load(target).config.d_model == (16 if is_new else 20)
     # and the next save is not in the way of what is left
