@@ -1,4 +1,4 @@
-"""Packed sequences: which one owns each token, and the rule that a pack is one row of a batch.
+"""Orders of tokens: which packed sequence owns each, and the way back from a permutation.
 
 All of it stays on the device: no length is ever read by the host.
 """
@@ -36,3 +36,9 @@ def sequence_ids(cu_seqlens: Tensor, length: int) -> Tensor:
     """Index of the sequence that owns each token, (l,) int64; empty sequences own none."""
     tokens = torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
+
+
+def inverse(order: Tensor) -> Tensor:
+    """The permutation that undoes `order`, (t,) int64."""
+    places = torch.arange(len(order), device=order.device)
+    return torch.empty_like(order).scatter_(0, order, places)

@@ -1,7 +1,11 @@
-"""The exchange of expert parallelism: rows go to the ranks that hold their experts, and back."""
+"""The exchange of expert parallelism: rows go to the ranks that hold their experts, and back.
+
+Imported at its first use: the mark for the compiler loads the compiler, which takes seconds.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -9,6 +13,9 @@ import torch
 from torch import Tensor
 
 from hybridzoo.comm import Axis
+from hybridzoo.kernels.packing import inverse
+
+Multiply = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,17 @@ class Exchange:
         return self.axis.all_to_all(rows[inverse(self.order)], self.receive, self.send)
 
 
-def inverse(order: Tensor) -> Tensor:
-    """The permutation that undoes `order`, (t,) int64."""
-    places = torch.arange(len(order), device=order.device)
-    return torch.empty_like(order).scatter_(0, order, places)
+# how many rows come is known on the host alone, and differs each time: a compiler would compile
+# anew for it
+@torch.compiler.disable
+def elsewhere(multiply: Multiply, rows: Tensor, offsets: Tensor, axis: Axis) -> Tensor:
+    """What the experts on other ranks make of this rank's rows.
+
+    Args:
+        multiply: (rows, offsets) -> rows, the product with this rank's experts.
+        rows: (t, d), sorted by expert.
+        offsets: (e,), end of each expert among them.
+        axis: expert parallelism.
+    """
+    exchange = Exchange.plan(offsets, axis)
+    return exchange.back(multiply(exchange.there(rows), exchange.offsets))

@@ -12,9 +12,9 @@ from torch import Tensor
 from hybridzoo.errors import ConfigError
 from hybridzoo.kernels.dispatch import autocast_dtype, no_autocast
 from hybridzoo.kernels.grouped_mm import grouped_mm
+from hybridzoo.kernels.packing import inverse
 from hybridzoo.layers import init
 from hybridzoo.layers.base import Layer, LayerConfig, Param, Sequence, State
-from hybridzoo.layers.exchange import Exchange, inverse
 from hybridzoo.layers.mlp import Activation, activate
 from hybridzoo.sharding import Cut, Part, Replicate, Split
 
@@ -246,19 +246,16 @@ class MoE(Layer):
         # autocast knows torch's own products only; without this the experts alone would stay fp32.
         dtype = autocast_dtype(tokens.device) or tokens.dtype
         rows = tokens[order // self.config.top_k].to(dtype)
-        multiply = self._products if self.parallel.ep.world == 1 else self._products_elsewhere
-        y = multiply(rows, offsets)
+        if self.parallel.ep.world == 1:
+            y = self._products(rows, offsets)
+        else:
+            from hybridzoo.layers.exchange import elsewhere
+
+            y = elsewhere(self._products, rows, offsets, self.parallel.ep)
         # back through the inverse permutation and a sum over k: deterministic, unlike index_add on
         # a GPU.
         picked = y[inverse(order)].unflatten(0, (-1, self.config.top_k))
         return (picked * weights[..., None].to(dtype)).sum(1)
-
-    # how many rows come is known on the host alone, and differs each time: a compiler would compile
-    # anew for it
-    @torch.compiler.disable
-    def _products_elsewhere(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        exchange = Exchange.plan(offsets, self.parallel.ep)
-        return exchange.back(self._products(exchange.there(rows), exchange.offsets))
 
     def _products(self, rows: Tensor, offsets: Tensor) -> Tensor:
         up_weight, down_weight = (

@@ -8,8 +8,8 @@ import torch
 import torch._dynamo.testing
 
 from hybridzoo.comm import SINGLE
+from hybridzoo.kernels.packing import inverse
 from hybridzoo.layers import Sequence
-from hybridzoo.layers.exchange import inverse
 from hybridzoo.model import HybridLM
 from hybridzoo.parallel.groups import init
 from tests import gloo
