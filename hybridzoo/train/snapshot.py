@@ -66,7 +66,9 @@ def write(
         with agreed(), _writing(final):
             write_parts(half)
         with agreed(), _writing(final):
-            found = exchange(_digests(half))
+            mine = _digests(half)
+        found = exchange(mine)
+        with agreed(), _writing(final):
             if is_first():
                 files = {name: digest for share in found for name, digest in share.items()}
                 _complete(half, {**info, "step": step, "files": dict(sorted(files.items()))})

@@ -3,13 +3,17 @@
 import errno
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
 from hybridzoo.errors import ConfigError, HybridzooError
 from hybridzoo.parallel import init
+from hybridzoo.tokenizer import load_tokenizer
 from hybridzoo.train import loop, snapshot
+from hybridzoo.train.data import PackedData
+from hybridzoo.train.held_out import held_out
 from hybridzoo.train.log import read_log
 from hybridzoo.train.loop import Trainer, train
 from tests import gloo
@@ -175,6 +179,42 @@ def test_a_disk_that_is_full_for_one_rank_is_one_error_on_all(tmp_path):
     assert "No space left on device" in said
     assert sorted(p.name for p in (tmp_path / "run").glob("*step*")) == ["step-00000003"]
     assert snapshot.newest(tmp_path / "run", pytest.fail)[1]["step"] == 3
+
+
+def unreadable(_, made):
+    """Rank 1 cannot read back its share of the first checkpoint's files."""
+    known = snapshot._digest
+
+    def failed(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    if dist.get_rank() == 1:
+        snapshot._digest = failed
+    try:
+        return trained(_, made)
+    finally:
+        snapshot._digest = known
+
+
+def test_files_that_one_rank_cannot_read_back_are_one_error_on_all(tmp_path):
+    ends = gloo.run(2, unreadable, recipe(tmp_path, "zero 1"))
+    kind, said, _ = ends[0]
+    assert (kind, said) == ends[1][:2]
+    assert said.startswith(f"rank 1: {tmp_path}/run/step-00000003: cannot be written (")
+    assert "Input/output error" in said
+    assert not list((tmp_path / "run").glob("*step*"))
+
+
+def told(_, made):
+    """What each rank hears of a held-out loss that came out a last bit higher on rank 1."""
+    engine = SimpleNamespace(model=runs.model(), recipe=made)
+    engine.evaluate = lambda batches: (2.0 + dist.get_rank() * 2**-51, 1)
+    data = PackedData([runs.TEXT] * 20, load_tokenizer("bytes"), seq_len=24, batch_size=2)
+    return held_out(engine, data)[0]
+
+
+def test_the_held_out_loss_is_the_same_to_the_last_bit_on_all(tmp_path):
+    assert gloo.run(2, told, recipe(tmp_path)) == [2.0, 2.0]
 
 
 REFUSED = {
