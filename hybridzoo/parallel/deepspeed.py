@@ -53,6 +53,8 @@ class DataEngine(Engine):
         dp = self.parallel.dp
         count = sum(int((b["labels"] != IGNORE).sum()) for b in batches)
         n_targets = over(dp, torch.tensor(count, device=self.device)).clamp(min=1)
+        # all before the first forward: a copy waits for what the GPU has to do
+        batches = [self.moved(b) for b in batches]
         found = torch.zeros(2, device=self.device)  # nats, aux
         for i, batch in enumerate(batches, 1):
             share, metrics = self._share(batch, n_targets)
@@ -98,7 +100,7 @@ class DataEngine(Engine):
         return norm
 
     def _share(self, batch: Batch, n_targets: Tensor | int) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.engine(self.moved(batch), n_targets)
+        return self.engine(batch, n_targets)
 
     def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
         """As Engine's; every data-parallel rank has as many batches, of its own."""

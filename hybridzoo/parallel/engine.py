@@ -78,6 +78,8 @@ class Engine:
         """
         self.model.train()
         n_targets = max(1, sum(int((b["labels"] != IGNORE).sum()) for b in batches))
+        # all before the first forward: a copy waits for what the GPU has to do
+        batches = [self.moved(b) for b in batches]
         nats = aux = torch.zeros((), device=self.device)
         for batch in batches:
             share, metrics = self._share(batch, n_targets)
@@ -106,7 +108,7 @@ class Engine:
         # eager: the last batch's shape would be compiled anew
         with torch.compiler.set_stance("force_eager"):
             for batch in batches:
-                _, metrics = self._share(batch, 1)
+                _, metrics = self._share(self.moved(batch), 1)
                 nats += metrics["nats"].cpu()
                 count += int((batch["labels"] != IGNORE).sum())
         return nats.item(), count
@@ -138,7 +140,7 @@ class Engine:
 
     def _share(self, batch: Batch, n_targets: Tensor | int) -> tuple[Tensor, dict[str, Tensor]]:
         with self.precision():
-            return loss(self.model, self.moved(batch), n_targets)
+            return loss(self.model, batch, n_targets)
 
     def precision(self) -> torch.autocast:
         """The forward's number format."""

@@ -96,6 +96,14 @@ def test_at_stage_0_the_engine_clips():
     assert ds_config.build(jobs.recipe(parallel={"zero_stage": 0}), 1)["gradient_clipping"] == 0.0
 
 
+def test_the_timer_that_waits_for_the_gpu_runs_only_where_a_user_asks(tmp_path):
+    assert ds_config.build(jobs.recipe(), 1)["timers"] == {"throughput": {"enabled": False}}
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"timers": {"throughput": {"enabled": True}}}))
+    made = ds_config.build(jobs.recipe(parallel={"deepspeed": str(path)}), 1)
+    assert made["timers"] == {"throughput": {"enabled": True}}
+
+
 def test_products_that_are_kept_are_not_changed_in_place():
     for mode, expected in (("mixer", False), ("full", True)):
         given = jobs.recipe(parallel={"zero_stage": 3, "recompute": {"F": mode}})

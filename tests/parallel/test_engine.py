@@ -48,6 +48,16 @@ def test_an_update_that_is_not_finite_is_left_out(what, monkeypatch):
     assert all(p.grad is None for p in engine.params.values())
 
 
+def test_all_parts_are_moved_before_the_first_forward(monkeypatch):
+    """A copy from the host waits for what the GPU computes."""
+    engine, known, order = made(), module.loss, []
+    move = engine.moved
+    monkeypatch.setattr(engine, "moved", lambda batch: order.append("move") or move(batch))
+    monkeypatch.setattr(module, "loss", lambda *args: order.append("forward") or known(*args))
+    engine.step(jobs.parts(0), 1e-3)
+    assert order == ["move"] * jobs.N_PARTS + ["forward"] * jobs.N_PARTS
+
+
 def name_of(pieces):
     (name,) = pieces
     return name
