@@ -1,5 +1,18 @@
 """Training spread over ranks: the groups, the recipe, the loss, the engines."""
 
+from hybridzoo.parallel.engine import Engine, Outcome, initialize
 from hybridzoo.parallel.groups import finish, init
+from hybridzoo.parallel.pipeline import stages
+from hybridzoo.parallel.recipe import DataRecipe, ParallelRecipe, Recipe
 
-__all__ = ["finish", "init"]
+__all__ = [
+    "DataRecipe",
+    "Engine",
+    "Outcome",
+    "ParallelRecipe",
+    "Recipe",
+    "finish",
+    "init",
+    "initialize",
+    "stages",
+]

@@ -29,15 +29,11 @@ class DataEngine(Engine):
 
     Args:
         model: as in Engine; the same weights on every data-parallel rank.
-        recipe: of the run.
-
-    Raises:
-        ConfigError: the ranks cannot run this recipe.
+        recipe: of the run, which the ranks can run.
     """
 
     def _setup(self) -> None:
         recipe, self.stage = self.recipe, self.recipe.parallel.zero_stage
-        ds_config.check(recipe, torch.distributed.get_world_size(), self.model.config)
         load(self.device)
         tag(self.model)
         self.engine, self.optimizer = start(
@@ -53,8 +49,6 @@ class DataEngine(Engine):
         dp = self.parallel.dp
         count = sum(int((b["labels"] != IGNORE).sum()) for b in batches)
         n_targets = over(dp, torch.tensor(count, device=self.device)).clamp(min=1)
-        # all before the first forward: a copy waits for what the GPU has to do
-        batches = [self.moved(b) for b in batches]
         found = torch.zeros(2, device=self.device)  # nats, aux
         for i, batch in enumerate(batches, 1):
             share, metrics = self._share(batch, n_targets)

@@ -7,7 +7,7 @@ from typing import Any
 from hybridzoo.comm import Axis, Parallel
 from hybridzoo.config import HybridConfig
 from hybridzoo.errors import ConfigError
-from hybridzoo.parallel.ds_keys import keeps_products, user_keys
+from hybridzoo.parallel.ds_keys import check_installed, keeps_products, user_keys
 from hybridzoo.parallel.engine import recompute_at
 from hybridzoo.parallel.recipe import Recipe
 
@@ -30,8 +30,6 @@ def build(recipe: Recipe, dp: int) -> dict[str, Any]:
             # the half-precision copies of all weights
             "memory_efficient_linear": not keeps_products(recipe),
         },
-        # it would wait for the GPU before every part's forward
-        "timers": {"throughput": {"enabled": False}},
     }
     if not recipe.parallel.zero_stage:
         # there DeepSpeed's own norm is wrong with experts and stages: the engine clips
@@ -42,11 +40,12 @@ def build(recipe: Recipe, dp: int) -> dict[str, Any]:
 
 
 def check(recipe: Recipe, world: int, config: HybridConfig) -> None:
-    """Refuse what `world` ranks cannot run, before any is started.
+    """Refuse what `world` ranks cannot run, before any tensor is made.
 
     Raises:
         ConfigError: the combination, and the legal ones.
     """
+    check_installed()
     spread = recipe.parallel
     if world % (spread.tp * spread.pp):
         raise ConfigError(

@@ -96,15 +96,20 @@ _ZERO_REFUSED: dict[str, tuple[Any, str]] = {
 }
 
 
-def imported(device: str) -> ModuleType:
-    """DeepSpeed, imported quietly for tensors on "cpu" or "cuda"; ConfigError where it is not."""
-    # its own guess would take any GPU that it sees
-    os.environ.setdefault("DS_ACCELERATOR", device)
+def check_installed() -> None:
+    """Raise ConfigError where DeepSpeed is not installed; it is not imported."""
     if find_spec("deepspeed") is None:
         raise ConfigError(
-            "parallel: deepspeed is not installed; several ranks train with it. "
-            "pip install 'deepspeed>=0.19.8'."
+            "parallel: DeepSpeed is not installed; ranks train with it. Type: pip install "
+            "'deepspeed>=0.19.8,<0.20', or start one process without a launcher."
         )
+
+
+def imported(device: str) -> ModuleType:
+    """DeepSpeed, imported quietly for tensors on "cpu" or "cuda"; ConfigError where it is not."""
+    check_installed()
+    # its own guess would take any GPU that it sees
+    os.environ.setdefault("DS_ACCELERATOR", device)
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

@@ -1,6 +1,7 @@
 """The engines: one step of training, however many ranks share it.
 
-`Engine` is one process in plain torch; deepspeed.py has those of many. `initialize` picks one.
+`Engine` is one process in plain torch; deepspeed.py and pipeline.py have those of many.
+`initialize` picks one.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from typing import cast, get_args
 import torch
 from torch import Tensor, nn
 
+from hybridzoo.comm import Parallel
 from hybridzoo.config import HybridConfig
 from hybridzoo.errors import ConfigError
 from hybridzoo.model import HybridLM
 from hybridzoo.options import checked
-from hybridzoo.parallel import optim
+from hybridzoo.parallel import groups, optim
 from hybridzoo.parallel.loss import IGNORE, Batch, loss
 from hybridzoo.parallel.recipe import Recipe
 from hybridzoo.recompute import Recompute
@@ -78,8 +80,6 @@ class Engine:
         """
         self.model.train()
         n_targets = max(1, sum(int((b["labels"] != IGNORE).sum()) for b in batches))
-        # all before the first forward: a copy waits for what the GPU has to do
-        batches = [self.moved(b) for b in batches]
         nats = aux = torch.zeros((), device=self.device)
         for batch in batches:
             share, metrics = self._share(batch, n_targets)
@@ -153,8 +153,28 @@ class Engine:
         return cast(Batch, moved)
 
 
-def initialize(model: HybridLM, recipe: Recipe) -> Engine:
-    """The engine that trains a model, or this rank's part of one, as the recipe says."""
+def initialize(config_or_model: HybridConfig | HybridLM, recipe: Recipe) -> Engine:
+    """The engine that trains a model, or this rank's part of one, as the recipe says.
+
+    Every rank calls it. The engine's `model` holds this rank's slices; `step` takes its share of a
+    batch.
+
+    Args:
+        config_or_model: a config, whose initial weights are drawn by the recipe's seed and laid out
+            by its `parallel`; or a model with fp32 weights, on its device, that is laid out so.
+        recipe: of the run; its model, data.source and output are not read.
+
+    Raises:
+        ConfigError: this process, or the ranks that it is one of, cannot run the recipe; before any
+            tensor is made.
+    """
+    if isinstance(config_or_model, HybridConfig):
+        parallel = join(recipe)
+        check(config_or_model, recipe)
+        model = _built(config_or_model, recipe, parallel)
+    else:
+        model = config_or_model
+        check(model.config, recipe)
     if not torch.distributed.is_initialized():
         return Engine(model, recipe)
     if model.parallel.pp.world == 1:
@@ -164,6 +184,63 @@ def initialize(model: HybridLM, recipe: Recipe) -> Engine:
     from hybridzoo.parallel.pipeline import PipelineEngine
 
     return PipelineEngine(model, recipe)
+
+
+def join(recipe: Recipe) -> Parallel:
+    """This process's place among the ranks that a launcher started, as the recipe lays them out."""
+    spread = recipe.parallel
+    return groups.init(
+        tp=spread.tp,
+        pp=spread.pp,
+        ep=spread.ep,
+        sequence_parallel=spread.sequence_parallel,
+        timeout_s=spread.timeout_s,
+        device=pick_device(recipe),
+    )
+
+
+def pick_device(recipe: Recipe) -> torch.device:
+    """The device of the recipe; auto is the GPU if there is one."""
+    has_gpu = torch.cuda.is_available()
+    if recipe.device == "cuda" and not has_gpu:
+        raise ConfigError(
+            f"device: torch {torch.__version__} sees no GPU (cuda); it must. Use auto or cpu."
+        )
+    return torch.device("cuda" if has_gpu and recipe.device != "cpu" else "cpu")
+
+
+def check(config: HybridConfig, recipe: Recipe) -> None:
+    """Refuse what this process, or the ranks that it is one of, cannot run.
+
+    Raises:
+        ConfigError: the key, and its legal values.
+    """
+    if torch.distributed.is_initialized():
+        from hybridzoo.parallel import ds_config
+
+        return ds_config.check(recipe, torch.distributed.get_world_size(), config)
+    recompute_at(config, recipe.parallel.recompute)
+    if recipe.parallel.deepspeed is not None:
+        raise ConfigError(
+            f"parallel.deepspeed: {recipe.parallel.deepspeed} would not be read; one process "
+            "without a launcher trains in plain torch. Start it with torchrun or deepspeed, or "
+            "leave it out."
+        )
+
+
+def _built(config: HybridConfig, recipe: Recipe, parallel: Parallel) -> HybridLM:
+    from hybridzoo.parallel.pipeline import stages
+
+    spread = recipe.parallel
+    places = stages(config, parallel.pp.world, spread.balance, recipe.data.seq_len)
+    return HybridLM(
+        config,
+        seed=recipe.seed,
+        parallel=parallel,
+        stage=places[parallel.pp.rank],
+        device=pick_device(recipe),
+        dtype=torch.float32,
+    )
 
 
 def set_recompute(model: HybridLM, modes: Mapping[str, Recompute]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from hybridzoo.errors import ConfigError
-from hybridzoo.options import check_fields, read_file, read_options
+from hybridzoo.options import check_fields, checked, read_file, read_options
 from hybridzoo.recompute import Recompute
 
 Packing = Literal["documents", "none"]
@@ -72,6 +72,8 @@ class ParallelRecipe:
     def __post_init__(self) -> None:
         """Refuse a field of the wrong type or range."""
         check_fields("parallel", self)
+        for letter, mode in self.recompute.items():
+            checked(f"parallel.recompute.{letter}", mode, Recompute)
 
 
 @dataclass(frozen=True, kw_only=True)

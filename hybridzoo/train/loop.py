@@ -18,9 +18,8 @@ from torch import Tensor
 from hybridzoo.checkpoint.slots import load_slots, save_slots
 from hybridzoo.comm import SINGLE, Parallel
 from hybridzoo.errors import ConfigError
-from hybridzoo.parallel import groups
 from hybridzoo.parallel.agree import agreed, from_first, is_first, lowest
-from hybridzoo.parallel.engine import SLOTS, Outcome, initialize
+from hybridzoo.parallel.engine import SLOTS, Outcome, initialize, join, pick_device
 from hybridzoo.parallel.loss import Batch
 from hybridzoo.parallel.optim import AVERAGE, Average, lr_at
 from hybridzoo.parallel.recipe import Recipe
@@ -29,7 +28,7 @@ from hybridzoo.train.documents import Split
 from hybridzoo.train.held_out import held_out
 from hybridzoo.train.interrupt import interruptible
 from hybridzoo.train.log import Log, Record, Silence, plot
-from hybridzoo.train.setup import check_ranks, describe, find, pick_device, start
+from hybridzoo.train.setup import describe, find, start
 
 MAX_SKIPPED = 10
 # what no signal's number reaches
@@ -61,15 +60,8 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
             into the directory.
         SystemExit: 130 after SIGINT, once the step is finished and saved.
     """
-    console, spread = console or Console(stderr=True), recipe.parallel
-    parallel = groups.init(
-        tp=spread.tp,
-        pp=spread.pp,
-        ep=spread.ep,
-        sequence_parallel=spread.sequence_parallel,
-        timeout_s=spread.timeout_s,
-        device=pick_device(recipe),
-    )
+    console = console or Console(stderr=True)
+    parallel = join(recipe)
     devices = list(range(torch.cuda.device_count()))
     if parallel is not SINGLE and torch.cuda.is_available():
         # another rank's device is not this one's to touch
@@ -106,8 +98,6 @@ class Trainer:
         self.signal: signal.Signals | None = None
         # the step of the last checkpoint; labels since the last record, and when that was
         self._saved, self._seen, self._since = 0, 0, 0.0
-        with agreed():
-            check_ranks(recipe, parallel)
         found = from_first(lambda: find(recipe, resume, self.notice))
         with agreed():
             at = None if found is None else found[0]

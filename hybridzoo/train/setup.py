@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any
 
 import torch
 
-from hybridzoo.block import Block
 from hybridzoo.checkpoint import load, read_config, save
 from hybridzoo.checkpoint.reader import resolve
 from hybridzoo.checkpoint.spread import Weights
@@ -19,13 +17,11 @@ from hybridzoo.config import HybridConfig
 from hybridzoo.errors import ConfigError
 from hybridzoo.kernels import dispatch
 from hybridzoo.model import HybridLM
+from hybridzoo.parallel.engine import check
 from hybridzoo.parallel.recipe import Recipe
-from hybridzoo.recompute import Recompute
 from hybridzoo.tokenizer import Tokenizer, load_tokenizer
 from hybridzoo.train import snapshot
 from hybridzoo.train.data import PackedData
-
-_MODES = get_args(Recompute)
 
 
 @dataclass(frozen=True)
@@ -46,46 +42,6 @@ class Start:
         """Write a native directory that loads by itself; every rank its part."""
         file = self.tokenizer_file
         save(self.model, directory, dtype=torch.float32, tokenizer=file, weights=weights)
-
-
-def pick_device(recipe: Recipe) -> torch.device:
-    """The device of the recipe; auto is the GPU if there is one."""
-    has_gpu = torch.cuda.is_available()
-    if recipe.device == "cuda" and not has_gpu:
-        raise ConfigError(
-            f"device: torch {torch.__version__} sees no GPU (cuda); it must. Use auto or cpu."
-        )
-    return torch.device("cuda" if has_gpu and recipe.device != "cpu" else "cpu")
-
-
-def check_ranks(recipe: Recipe, parallel: Parallel) -> None:
-    """Refuse what the recipe asks of the ranks and they cannot give.
-
-    Raises:
-        ConfigError: the key, and its legal values.
-    """
-    spread, n = recipe.parallel, recipe.accumulate * parallel.dp.world
-    if parallel is not SINGLE and find_spec("deepspeed") is None:
-        raise ConfigError(
-            "parallel: DeepSpeed is not installed; ranks train with it. Type: pip install "
-            "'deepspeed>=0.19.8,<0.20', or start one process without a launcher."
-        )
-    if recipe.batch_size % n:
-        raise ConfigError(
-            f"batch_size: ({recipe.batch_size}) cannot be shared by {parallel.dp.world} "
-            f"data-parallel ranks in {recipe.accumulate} parts each; their product divides it. "
-            f"Use a multiple of {n}."
-        )
-    if recipe.ema and spread.zero_stage == 3 and parallel is not SINGLE:
-        raise ConfigError(
-            f"ema: ({recipe.ema}) cannot be averaged at zero_stage 3, where no rank holds its "
-            "weights whole. Use zero_stage 0, 1 or 2, or ema 0."
-        )
-    if spread.deepspeed is not None and parallel is SINGLE:
-        raise ConfigError(
-            f"parallel.deepspeed: {spread.deepspeed} would not be read; one process without a "
-            "launcher trains in plain torch. Start it with torchrun or deepspeed, or leave it out."
-        )
 
 
 def find(
@@ -142,6 +98,7 @@ def start(
             f"model: {source} is not the model that {checkpoint} holds; a run resumes with its "
             "own. Restore the file, or train into another output."
         )
+    check(config, recipe)
     stored = checkpoint or (source if source.is_dir() else None)
     where: dict[str, Any] = {"parallel": parallel, "device": device, "dtype": torch.float32}
     if parallel.pp.world > 1:
@@ -151,7 +108,6 @@ def start(
     else:
         model = load(stored, **where)
         model.config = config
-    _set_recompute(model, recipe)
     data = PackedData(
         recipe.data.source,
         tokenizer,
@@ -169,20 +125,6 @@ def _stages(recipe: Recipe, config: HybridConfig, parallel: Parallel) -> list[ra
     from hybridzoo.parallel.pipeline import stages
 
     return stages(config, parallel.pp.world, recipe.parallel.balance, recipe.data.seq_len)
-
-
-def _set_recompute(model: HybridLM, recipe: Recipe) -> None:
-    """Tell each block what its backward computes again: what most is asked of its letters."""
-    asked, config = recipe.parallel.recompute, model.config
-    letters = {b.letter for place in config.places for b in place}
-    for letter in asked.keys() - letters:
-        raise ConfigError(
-            f"parallel.recompute: {letter} is no letter of the pattern, which has "
-            f"{', '.join(sorted(letters))}. Name one of them."
-        )
-    for i in model.stage:
-        modes = [asked.get(b.letter, "none") for b in config.places[i]]
-        cast(Block, model.blocks[i]).recompute = max(modes, key=_MODES.index)
 
 
 def describe(model: HybridLM, recipe: Recipe, device: torch.device) -> list[str]:

@@ -220,18 +220,16 @@ def test_the_held_out_loss_is_the_same_to_the_last_bit_on_all(tmp_path):
 REFUSED = {
     "shares": (
         {"batch_size": 2},
-        "batch_size: (2) cannot be shared by 2 data-parallel ranks in 2 parts each; their product "
-        "divides it. Use a multiple of 4.",
+        "batch_size: (2) must be a multiple of dp (2) x accumulate (2). Use a multiple of 4.",
     ),
     "average": (
         {"parallel": {"zero_stage": 3}},
-        "ema: (0.9) cannot be averaged at zero_stage 3, where no rank holds its weights whole. Use "
-        "zero_stage 0, 1 or 2, or ema 0.",
+        "parallel.zero_stage: (3) cannot work with ema 0.9; no rank has all weights to average. "
+        "Use zero_stage 0, 1 or 2, or ema 0.",
     ),
     "letter": (
         {"parallel": {"recompute": {"Q": "full"}}},
-        "parallel.recompute: Q is no letter of the pattern, which has A, E, F, M, S. Name one of "
-        "them.",
+        "parallel.recompute: no such letter ('Q'); the pattern has S, F, M, A, E. Use one of them.",
     ),
     "layout": (
         {"parallel": {"tp": 3}},

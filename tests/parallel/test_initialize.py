@@ -1,0 +1,86 @@
+"""Training from Python: a config and a recipe become this rank's engine."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from hybridzoo.errors import ConfigError
+from hybridzoo.parallel import Engine, ParallelRecipe, ds_config, ds_keys, initialize
+from tests import gloo
+from tests.models import make_model
+from tests.parallel import jobs
+
+LAYOUTS = {
+    "dp": {},
+    "tp": {"tp": 2, "sequence_parallel": True},
+    "ep": {"ep": 2},
+    "pp": {"pp": 2, "balance": "auto"},
+}
+
+
+def stepped(spread):
+    """Nats and norm of two steps of an engine made from a config, and this rank's share of it."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    dp = world // (spread.get("tp", 1) * spread.get("pp", 1))
+    given = jobs.recipe(dp, parallel=spread, device="cpu")
+    engine = initialize(jobs.CONFIG, given)
+    dp = engine.parallel.dp
+    outcomes = [engine.step(jobs.parts(i, dp.rank, dp.world), given.lr) for i in range(2)]
+    sizes = sum(p.numel() for p in engine.model.parameters())
+    return [[o.nats, o.norm] for o in outcomes], sizes, type(engine).__name__
+
+
+def on_a_rank(_, spread):
+    os.environ["LOCAL_RANK"] = str(dist.get_rank())
+    return stepped(spread)
+
+
+def refused_on_a_rank(_, spread):
+    try:
+        initialize(jobs.CONFIG, jobs.recipe(parallel=spread, device="cpu"))
+    except ConfigError as error:
+        return str(error)
+
+
+def test_a_config_becomes_an_engine_with_the_recipes_seed():
+    engine = initialize(jobs.CONFIG, jobs.recipe(seed=3, device="cpu"))
+    assert type(engine) is Engine
+    expected = make_model(jobs.CONFIG, dtype=torch.float32)
+    expected.init_weights(3)
+    for name, parameter in engine.model.named_parameters():
+        assert torch.equal(parameter, expected.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_ranks_make_their_parts_of_a_config_and_train_them_as_one(layout):
+    alone, whole, _ = stepped({})
+    ends = gloo.run(2, on_a_rank, LAYOUTS[layout])
+    for losses, size, kind in ends:
+        # fp32 sums in another order
+        torch.testing.assert_close(losses, alone, rtol=1e-5, atol=0)
+        assert kind == ("PipelineEngine" if layout == "pp" else "DataEngine")
+        assert size == whole if layout == "dp" else size < whole
+
+
+def test_what_ranks_cannot_run_is_said_on_all():
+    said = gloo.run(2, refused_on_a_rank, {"pp": 2, "balance": "auto", "zero_stage": 3})
+    assert said[0] == said[1]
+    assert said[0].startswith("parallel.zero_stage: (3) cannot work with pp 2; ")
+
+
+def test_one_process_says_what_it_would_not_read():
+    with pytest.raises(ConfigError, match=r"^parallel.deepspeed: ds.json would not be read; "):
+        initialize(jobs.CONFIG, jobs.recipe(parallel={"deepspeed": "ds.json"}, device="cpu"))
+
+
+def test_a_recipe_refuses_an_unknown_way_to_recompute():
+    with pytest.raises(ConfigError, match=r"^parallel.recompute.M: unknown choice \('ful'\); "):
+        ParallelRecipe(recompute={"M": "ful"})
+
+
+def test_without_deepspeed_ranks_are_refused_before_anything_else(monkeypatch):
+    monkeypatch.setattr(ds_keys, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"^parallel: DeepSpeed is not installed; .*pip install"):
+        ds_config.check(jobs.recipe(), 1, jobs.CONFIG)
