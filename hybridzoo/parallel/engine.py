@@ -19,8 +19,9 @@ from hybridzoo.comm import Parallel
 from hybridzoo.config import HybridConfig
 from hybridzoo.errors import ConfigError
 from hybridzoo.model import HybridLM
-from hybridzoo.options import checked
+from hybridzoo.options import checked, shown
 from hybridzoo.parallel import groups, optim
+from hybridzoo.parallel.agree import exchange
 from hybridzoo.parallel.loss import IGNORE, Batch, loss
 from hybridzoo.parallel.recipe import Recipe
 from hybridzoo.recompute import Recompute
@@ -189,7 +190,7 @@ def initialize(config_or_model: HybridConfig | HybridLM, recipe: Recipe) -> Engi
 def join(recipe: Recipe) -> Parallel:
     """This process's place among the ranks that a launcher started, as the recipe lays them out."""
     spread = recipe.parallel
-    return groups.init(
+    parallel = groups.init(
         tp=spread.tp,
         pp=spread.pp,
         ep=spread.ep,
@@ -197,6 +198,20 @@ def join(recipe: Recipe) -> Parallel:
         timeout_s=spread.timeout_s,
         device=pick_device(recipe),
     )
+    _check_alike(recipe)
+    return parallel
+
+
+def _check_alike(recipe: Recipe) -> None:
+    """Refuse ranks that read different recipes: each would train by its own."""
+    told = exchange(recipe.values())
+    for i, theirs in enumerate(told):
+        for key, value in told[0].items():
+            if theirs[key] != value:
+                raise ConfigError(
+                    f"{key}: rank {i} has {shown(theirs[key])} and rank 0 {shown(value)}; all "
+                    "ranks train by one recipe. Start them with the same file."
+                )
 
 
 def pick_device(recipe: Recipe) -> torch.device:

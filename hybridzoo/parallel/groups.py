@@ -60,6 +60,7 @@ def init(
         _join(world, timedelta(seconds=timeout_s), device)
     world = dist.get_world_size()
     _check_layout(world, tp, pp, ep)
+    _check_alike({"tp": tp, "pp": pp, "ep": ep, "sequence_parallel": sequence_parallel})
     limit = timedelta(seconds=timeout_s)
     ranks = torch.arange(world).view(pp, -1, tp)
     dp = ranks.shape[1]
@@ -138,6 +139,17 @@ def _check_single(tp: int, pp: int, ep: int) -> None:
         f"parallel: {asked} needs {n} processes, and this is one; a launcher starts them. "
         f"Type: {command}"
     )
+
+
+def _check_alike(mine: dict[str, int]) -> None:
+    told = exchange(mine)
+    for i, theirs in enumerate(told):
+        for name, value in theirs.items():
+            if value != told[0][name]:
+                raise ConfigError(
+                    f"parallel: rank {i} has {name} {value} and rank 0 {told[0][name]}; ranks that "
+                    "are laid out differently would wait for ever. Start all of them alike."
+                )
 
 
 def _check_layout(world: int, tp: int, pp: int, ep: int) -> None:

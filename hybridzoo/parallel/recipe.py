@@ -22,6 +22,8 @@ FREE_KEYS = frozenset(
     {"steps", "log_every", "eval_every", "eval_batches", "save_every", "keep_last", "output"}
     | {"device", "compile", "parallel"}
 )
+# files and directories
+_PATHS = frozenset({"model", "output", "data.source", "data.tokenizer", "parallel.deepspeed"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +182,12 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Every field as plain values; from_dict reads them back equal."""
         return {**asdict(self), "betas": list(self.betas)}
+
+    def values(self) -> dict[str, Any]:
+        """What a run computes and how: dotted keys, without paths, which hosts may spell apart."""
+        plain = self.to_dict()
+        spread = {f"parallel.{k}": v for k, v in plain.pop("parallel").items()}
+        return {k: v for k, v in {**_flat(plain), **spread}.items() if k not in _PATHS}
 
     def resolved(self, root: Path) -> Self:
         """A copy with model, source and tokenizer as paths from `root`; a corpus keeps its name."""

@@ -84,3 +84,30 @@ def test_without_deepspeed_ranks_are_refused_before_anything_else(monkeypatch):
     monkeypatch.setattr(ds_keys, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"^parallel: DeepSpeed is not installed; .*pip install"):
         ds_config.check(jobs.recipe(), 1, jobs.CONFIG)
+
+
+def apart(_, changes):
+    """What each rank hears when each has changes of its own."""
+    change = changes[dist.get_rank()]
+    try:
+        initialize(jobs.CONFIG, jobs.recipe(2, device="cpu", **change))
+    except ConfigError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"lr": 0.5}, "lr: rank 1 has 0.5 and rank 0 0.001; "),
+        ({"parallel": {"zero_stage": 2}}, "parallel.zero_stage: rank 1 has 2 and rank 0 1; "),
+        ({"parallel": {"tp": 2}}, "parallel: rank 1 has tp 2 and rank 0 1; "),
+    ],
+)
+def test_ranks_with_different_recipes_are_refused(change, sentence):
+    said = gloo.run(2, apart, [{}, change])
+    assert said[0] == said[1]
+    assert said[0].startswith(sentence)
+
+
+def test_hosts_may_spell_paths_apart():
+    assert jobs.recipe(output="/a").values() == jobs.recipe(output="/b").values()
