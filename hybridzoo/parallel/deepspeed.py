@@ -49,6 +49,8 @@ class DataEngine(Engine):
         dp = self.parallel.dp
         count = sum(int((b["labels"] != IGNORE).sum()) for b in batches)
         n_targets = over(dp, torch.tensor(count, device=self.device)).clamp(min=1)
+        # all before the first forward: a copy waits for what the GPU has to do
+        batches = [self.moved(b) for b in batches]
         found = torch.zeros(2, device=self.device)  # nats, aux
         for i, batch in enumerate(batches, 1):
             share, metrics = self._share(batch, n_targets)

@@ -30,6 +30,8 @@ def build(recipe: Recipe, dp: int) -> dict[str, Any]:
             # the half-precision copies of all weights
             "memory_efficient_linear": not keeps_products(recipe),
         },
+        # it would wait for the GPU before every part's forward
+        "timers": {"throughput": {"enabled": False}},
     }
     if not recipe.parallel.zero_stage:
         # there DeepSpeed's own norm is wrong with experts and stages: the engine clips

@@ -81,6 +81,8 @@ class Engine:
         """
         self.model.train()
         n_targets = max(1, sum(int((b["labels"] != IGNORE).sum()) for b in batches))
+        # all before the first forward: a copy waits for what the GPU has to do
+        batches = [self.moved(b) for b in batches]
         nats = aux = torch.zeros((), device=self.device)
         for batch in batches:
             share, metrics = self._share(batch, n_targets)
