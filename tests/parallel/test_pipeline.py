@@ -39,6 +39,14 @@ OPTIONS = {
     "residual_multiplier": 0.7,
 }
 
+# biases of norms, a wide stream between stages, multipliers at both ends of a tied vocabulary
+UNUSUAL = (
+    ("norm", "layer_norm"),
+    ("residual_fp32", True),
+    ("embedding_multiplier", 3.0),
+    ("logits_multiplier", 0.5),
+)
+
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch):
@@ -66,6 +74,7 @@ class Case:
     steps: int = 3
     nan_at: int | None = None
     recompute: tuple[tuple[str, str], ...] = ()
+    more: tuple[tuple[str, object], ...] = ()
 
     @property
     def world(self):
@@ -73,7 +82,7 @@ class Case:
 
     def config(self):
         return HybridConfig.from_dict(
-            OPTIONS | {"pattern": self.pattern, "tie_embeddings": self.tied}
+            OPTIONS | {"pattern": self.pattern, "tie_embeddings": self.tied, **dict(self.more)}
         )
 
     def recipe(self):
@@ -357,6 +366,8 @@ def test_weights_and_moments_move_to_another_engine(zero):
         {"pp": 2, "tp": 2},
         {"pp": 2, "tp": 2, "sequence_parallel": True, "accumulate": 4, "steps": 20},
         {"pp": 2, "tp": 2, "zero": 0, "clip": 0.5, "tied": False},
+        {"pp": 2, "tp": 2, "sequence_parallel": True, "is_packed": True, "more": UNUSUAL},
+        {"pp": 2, "tp": 2, "recompute": (("A", "full"), ("E", "mixer")), "more": UNUSUAL},
         {"pp": 2, "dp": 2, "accumulate": 3},
         {"pp": 2, "dp": 2, "zero": 0, "nan_at": 2},
     ],
