@@ -97,9 +97,14 @@ def publish(
         message: of the commit.
 
     Raises:
+        ConfigError: repo is not owner/name.
         CheckpointError: a pickle, a secret, no card, or a check of `verify` that fails.
         HubError: the hub cannot be reached or refuses.
     """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise ConfigError(
+            f"{shown(repo)}: not a repository's name; it is owner/name. Write both."
+        )
     directory = Path(directory)
     names = plain_files(directory) if directory.is_dir() else []
     if (directory / SUMS).is_file():

@@ -25,6 +25,12 @@ def test_it_is_private_unless_it_is_said(server, source):
     assert not server.repos["org/open"].private
 
 
+@pytest.mark.parametrize("name", ["mine", "https://hub.example/you/mine", "you/"])
+def test_name_without_an_owner_is_refused(source, name):
+    with pytest.raises(ConfigError, match="not a repository's name; it is owner/name"):
+        publish(source, name)
+
+
 def test_public_repository_is_not_taken_for_a_private_one(server, source):
     server.add(REPO, {"README.md": b"mine"}, private=False)
     with pytest.raises(HubError, match=r"is public already; .* Pass --public \(private=False\)"):
