@@ -101,10 +101,7 @@ def publish(
         CheckpointError: a pickle, a secret, no card, or a check of `verify` that fails.
         HubError: the hub cannot be reached or refuses.
     """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise ConfigError(
-            f"{shown(repo)}: not a repository's name; it is owner/name. Write both."
-        )
+    _check_repo(repo)
     directory = Path(directory)
     names = plain_files(directory) if directory.is_dir() else []
     if (directory / SUMS).is_file():
@@ -159,6 +156,11 @@ def push(
     with TemporaryDirectory() as folder:
         save(model, folder, tokenizer=tokenizer)
         return publish(folder, repo, **options)
+
+
+def _check_repo(repo: str) -> None:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise ConfigError(f"{shown(repo)}: not a repository's name; it is owner/name. Write both.")
 
 
 def _refuse_name(path: Path) -> None:
