@@ -105,9 +105,16 @@ def _join(world: int, limit: timedelta, device: torch.device | str | None) -> No
         # else NCCL guesses it from the rank
         options["device_id"] = torch.device("cuda", local)
     backend = "nccl" if kind == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, rank=number("RANK"), world_size=world, timeout=limit, **options
-    )
+    try:
+        dist.init_process_group(
+            backend, rank=number("RANK"), world_size=world, timeout=limit, **options
+        )
+    except dist.DistNetworkError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ConfigError(
+            f"parallel: the ranks cannot meet at {where} ({str(error).splitlines()[0]}); rank 0 "
+            "listens there. Give the launcher a free port: --master_port 29501."
+        ) from error
 
 
 def _axis(groups: Sequence[list[int]], limit: timedelta) -> Axis:

@@ -170,3 +170,14 @@ def test_two_processes_with_a_launchers_environment_find_each_other(kind):
     ]
     said = [rank.communicate(timeout=60)[0] for rank in ranks]
     assert said == [f"rank {rank} of 2: 3, False\n" for rank in range(2)]
+
+
+def test_a_port_in_use_is_said(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        for name, value in environment("deepspeed", "0", port).items():
+            monkeypatch.setenv(name, value)
+        sentence = rf"^parallel: the ranks cannot meet at 127\.0\.0\.1:{port} \(.*EADDRINUSE.*\); "
+        with pytest.raises(ConfigError, match=sentence):
+            init(device="cpu", timeout_s=5)
+    assert not dist.is_initialized()

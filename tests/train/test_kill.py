@@ -69,7 +69,8 @@ def killed_and_resumed(directory, n_kills):
             latest = root / (root / "latest").read_text().strip()
             assert snapshot.why_broken(latest) == "", f"seed {seed}"
             load(latest)
-        if (root / "best").exists() and any((root / "best").iterdir()):
+        # the first save there, cut off, leaves what it had staged and nothing else
+        if (root / "best").exists() and {p.name for p in (root / "best").iterdir()} - {".saving"}:
             load(root / "best")
     train(recipe, resume=True, console=runs.quiet())
     return root

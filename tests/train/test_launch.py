@@ -1,5 +1,6 @@
 """Real launchers and real signals: what trains, what a user reads, and that nothing hangs."""
 
+import contextlib
 import os
 import random
 import signal
@@ -27,12 +28,19 @@ LIMIT_S = 60
 STEPS = 24
 
 
+def free_port():
+    """One that no connection takes by itself meanwhile: below the system's own range."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return str(port)
+
+
 class Job:
     """A launcher with two ranks of scripts/launch/train.py, or of another program."""
 
     def __init__(self, launcher, arguments, program=SCRIPT):
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = str(server.getsockname()[1])
+        port = free_port()
         commands = {
             "torchrun": [BIN / "torchrun", "--nproc-per-node", "2", "--master-port", port],
             "deepspeed": [BIN / "deepspeed", "--num_gpus", "2", "--master_port", port],
