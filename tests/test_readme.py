@@ -132,7 +132,15 @@ def test_python_blocks_run(folder):
     run(folder, sys.executable, "-c", "\n".join(blocks_of("python")))
 
 
-@pytest.mark.parametrize("number", range(len(blocks_of("bash"))))
+def run_blocks():
+    # a launch is minutes on two busy cores
+    return [
+        pytest.param(i, marks=[pytest.mark.slow] if "--num_gpus" in body else [])
+        for i, body in enumerate(blocks_of("bash"))
+    ]
+
+
+@pytest.mark.parametrize("number", run_blocks())
 def test_bash_blocks_run(folder, hub, number):
     lines = blocks_of("bash")[number].splitlines()
     for script in re.findall(r"\bscripts/\S+", "\n".join(lines)):

@@ -14,6 +14,9 @@ from tests import gloo
 from tests.models import joined, make_model
 from tests.parallel import jobs
 
+# DeepSpeed on several processes: minutes, of which the quick suite has ten
+pytestmark = pytest.mark.slow
+
 # world, and how its ranks are laid out
 DP2 = (2, {})
 TP2 = (2, {"tp": 2})

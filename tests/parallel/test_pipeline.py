@@ -21,6 +21,9 @@ from hybridzoo.parallel.recipe import DataRecipe, ParallelRecipe, Recipe
 from tests import gloo
 from tests.models import relative, tiny
 
+# DeepSpeed on several processes: minutes, of which the quick suite has ten
+pytestmark = pytest.mark.slow
+
 # every kind, a parallel place, a shared layer on several stages; four stages
 MIXED = "N M E S | A F G S | [NA] E F A | M G S F"
 OPTIONS = {

@@ -19,6 +19,9 @@ from hybridzoo.train.loop import Trainer, train
 from tests import gloo
 from tests.train import runs
 
+# DeepSpeed on several processes: minutes, of which the quick suite has ten
+pytestmark = pytest.mark.slow
+
 # balance losses are of each rank's own tokens, and dropout of each data-parallel rank's
 PLAIN = {"dropout: 0.2": "dropout: 0.0", "n_experts: 3": "n_experts: 4, aux_loss: 0.0"}
 LAYOUTS = {
