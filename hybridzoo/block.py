@@ -109,7 +109,7 @@ def stage_places(stage: range | None, n: int) -> range:
         return range(n)
     if not stage or stage.step != 1 or stage.start < 0 or stage.stop > n:
         rule = f"it is one or more places in a row, of 0 to {n - 1}"
-        raise ConfigError(f"stage: {stage} cannot be built; {rule}. Use pipeline.stages.")
+        raise ConfigError(f"stage: {stage} cannot be built; {rule}. Use parallel.stages.")
     return stage
 
 

@@ -1,8 +1,8 @@
 """Run one function on n CPU processes joined by gloo.
 
-The processes are started once a world size and kept. A failing rank's traceback is raised at once,
-though the others may be stuck in a collective; a silent rank is named after TIMEOUT_S. Either way
-the processes are then killed.
+The processes are started once a world size and kept, until they have made too many groups. A
+failing rank's traceback is raised at once, though the others may be stuck in a collective; a silent
+rank is named after TIMEOUT_S. Either way the processes are then killed.
 """
 
 import atexit
@@ -19,10 +19,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import get_pg_count
 
 from hybridzoo.comm import Axis, Parallel
 
 TIMEOUT_S = 180
+# each keeps threads that wake a hundred times a second: after some tests nothing else would run
+MAX_GROUPS = 40
 
 _pools: dict[int, "_Pool"] = {}
 
@@ -34,11 +37,15 @@ def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """
     if world not in _pools:
         _pools[world] = _Pool(world)
+    pool = _pools[world]
     try:
-        return _pools[world].call(function, args)
+        results = pool.call(function, args)
     except BaseException:
         _pools.pop(world).kill()
         raise
+    if pool.n_groups > MAX_GROUPS:
+        _pools.pop(world).kill()
+    return results
 
 
 class _Pool:
@@ -49,6 +56,7 @@ class _Pool:
         self.folder = tempfile.TemporaryDirectory()
         self.pipes: list[Connection] = []
         self.ranks = []
+        self.n_groups = 0
         for rank in range(world):
             ours, theirs = context.Pipe()
             where = (theirs, rank, world, f"file://{self.folder.name}/store")
@@ -77,7 +85,7 @@ class _Pool:
 
     def receive(self, rank: int) -> Any:
         try:
-            has_failed, result = pickle.loads(self.pipes[rank].recv_bytes())
+            has_failed, result, self.n_groups = pickle.loads(self.pipes[rank].recv_bytes())
         except EOFError:
             self.ranks[rank].join(1)
             raise AssertionError(f"rank {rank} died: {self.ranks[rank].exitcode}") from None
@@ -106,7 +114,7 @@ def _serve(pipe: Connection, rank: int, world: int, store: str) -> None:
                 answer = (False, function(parallel, *args))
             except BaseException:
                 answer = (True, traceback.format_exc())
-            pipe.send_bytes(pickle.dumps(answer))
+            pipe.send_bytes(pickle.dumps((*answer, get_pg_count())))
 
 
 @atexit.register

@@ -10,6 +10,7 @@ import torch
 from hybridzoo.checkpoint.convert import MODEL_TYPE, family, family_of
 from hybridzoo.checkpoint.convert.base import Family, open_family
 from hybridzoo.checkpoint.crew import Crew
+from hybridzoo.checkpoint.io import MAX_SHARD_BYTES
 from hybridzoo.checkpoint.layout import (
     Source,
     check_dtype,
@@ -40,7 +41,6 @@ __all__ = [
     "save",
 ]
 
-MAX_SHARD_BYTES = 5_000_000_000
 # small files beside the weights that a family publishes and a converted directory needs as much.
 _SIDE_FILES = (
     "generation_config.json",

@@ -35,6 +35,7 @@ from hybridzoo.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5_000_000_000
 # answers and checksums of the weights beside them: worth nothing once others stand there.
 GOLDEN, SUMS = "golden.safetensors", "SHA256SUMS"
 _STAGING, COMMITTED = ".saving", ".saved"

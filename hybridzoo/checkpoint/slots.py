@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hybridzoo.checkpoint.copies import check_copies
 from hybridzoo.checkpoint.crew import Crew
-from hybridzoo.checkpoint.io import commit, plan
+from hybridzoo.checkpoint.io import MAX_SHARD_BYTES, commit, plan
 from hybridzoo.checkpoint.layout import Block, all_of, held, pieces, shape_of
 from hybridzoo.checkpoint.reader import Reader, undisturbed
 from hybridzoo.checkpoint.shard import DTYPE_NAMES, DTYPES, Spec
@@ -25,8 +25,6 @@ from hybridzoo.checkpoint.writer import Writer
 from hybridzoo.errors import CheckpointError
 from hybridzoo.layers import Param
 from hybridzoo.model import HybridLM
-
-MAX_SHARD_BYTES = 5_000_000_000
 
 
 def save_slots(

@@ -2,8 +2,8 @@
 
 from hybridzoo.parallel.engine import Engine, Outcome, initialize
 from hybridzoo.parallel.groups import finish, init
-from hybridzoo.parallel.pipeline import stages
 from hybridzoo.parallel.recipe import DataRecipe, ParallelRecipe, Recipe
+from hybridzoo.parallel.stages import stages
 
 __all__ = [
     "DataRecipe",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from hybridzoo.errors import HybridzooError
+from hybridzoo.errors import ConfigError, HybridzooError
+from hybridzoo.options import shown
 
 T = TypeVar("T")
 
@@ -75,6 +76,22 @@ def from_first(make: Callable[[], T]) -> T:
     if dist.is_initialized():
         dist.broadcast_object_list(made, src=0)
     return cast(T, made[0])
+
+
+def check_alike(values: Mapping[str, Any]) -> None:
+    """Refuse ranks that were started with different values: each would go its own way, or wait.
+
+    Raises:
+        ConfigError: the key, on every rank.
+    """
+    told = exchange(values)
+    for i, theirs in enumerate(told):
+        for key, value in told[0].items():
+            if theirs[key] != value:
+                raise ConfigError(
+                    f"{key}: rank {i} has {shown(theirs[key])} and rank 0 {shown(value)}; all "
+                    "ranks need the same. Start them with one recipe and the same options."
+                )
 
 
 def lowest(number: int, device: torch.device) -> int:

@@ -9,7 +9,9 @@ from hybridzoo.config import HybridConfig
 from hybridzoo.errors import ConfigError
 from hybridzoo.parallel.ds_keys import check_installed, keeps_products, user_keys
 from hybridzoo.parallel.engine import recompute_at
+from hybridzoo.parallel.groups import check_layout
 from hybridzoo.parallel.recipe import Recipe
+from hybridzoo.parallel.stages import stages
 
 
 def build(recipe: Recipe, dp: int) -> dict[str, Any]:
@@ -49,17 +51,8 @@ def check(recipe: Recipe, world: int, config: HybridConfig) -> None:
     """
     check_installed()
     spread = recipe.parallel
-    if world % (spread.tp * spread.pp):
-        raise ConfigError(
-            f"parallel: tp {spread.tp} x pp {spread.pp} cannot share {world} ranks; the product "
-            f"divides their number. Use a product of {_divisors(world)}, or start other ranks."
-        )
+    check_layout(world, spread.tp, spread.pp, spread.ep)
     dp = world // (spread.tp * spread.pp)
-    if dp % spread.ep:
-        raise ConfigError(
-            f"parallel.ep: ({spread.ep}) must divide the {dp} data-parallel ranks. "
-            f"Use {_divisors(dp)}."
-        )
     if recipe.batch_size % (dp * recipe.accumulate):
         raise ConfigError(
             f"batch_size: ({recipe.batch_size}) must be a multiple of dp ({dp}) x accumulate "
@@ -111,9 +104,6 @@ def _check_model(recipe: Recipe, config: HybridConfig) -> None:
         raise ConfigError(
             f"parallel.ep: ({spread.ep}) spreads experts; this model has none. Use ep 1."
         )
-    # here: it is built on this module
-    from hybridzoo.parallel.pipeline import stages
-
     stages(config, spread.pp, spread.balance, length)
     recompute_at(config, spread.recompute)
     config.check_parallel(Parallel(tp=Axis(0, spread.tp), ep=Axis(0, spread.ep)))
@@ -126,7 +116,3 @@ def _recipe_keys(recipe: Recipe, dp: int) -> dict[str, Any]:
         "gradient_accumulation_steps": recipe.accumulate,
         "gradient_clipping": recipe.clip_norm or 0.0,
     }
-
-
-def _divisors(n: int) -> str:
-    return ", ".join(str(k) for k in range(1, n + 1) if n % k == 0)

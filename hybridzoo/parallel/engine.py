@@ -19,11 +19,12 @@ from hybridzoo.comm import Parallel
 from hybridzoo.config import HybridConfig
 from hybridzoo.errors import ConfigError
 from hybridzoo.model import HybridLM
-from hybridzoo.options import checked, shown
+from hybridzoo.options import checked
 from hybridzoo.parallel import groups, optim
-from hybridzoo.parallel.agree import exchange
+from hybridzoo.parallel.agree import check_alike
 from hybridzoo.parallel.loss import IGNORE, Batch, loss
 from hybridzoo.parallel.recipe import Recipe
+from hybridzoo.parallel.stages import stages
 from hybridzoo.recompute import Recompute
 
 # what AdamW remembers of a parameter, in the parameter's shape
@@ -200,20 +201,8 @@ def join(recipe: Recipe) -> Parallel:
         timeout_s=spread.timeout_s,
         device=pick_device(recipe),
     )
-    _check_alike(recipe)
+    check_alike(recipe.values())
     return parallel
-
-
-def _check_alike(recipe: Recipe) -> None:
-    """Refuse ranks that read different recipes: each would train by its own."""
-    told = exchange(recipe.values())
-    for i, theirs in enumerate(told):
-        for key, value in told[0].items():
-            if theirs[key] != value:
-                raise ConfigError(
-                    f"{key}: rank {i} has {shown(theirs[key])} and rank 0 {shown(value)}; all "
-                    "ranks train by one recipe. Start them with the same file."
-                )
 
 
 def pick_device(recipe: Recipe) -> torch.device:
@@ -246,8 +235,6 @@ def check(config: HybridConfig, recipe: Recipe) -> None:
 
 
 def _built(config: HybridConfig, recipe: Recipe, parallel: Parallel) -> HybridLM:
-    from hybridzoo.parallel.pipeline import stages
-
     spread = recipe.parallel
     places = stages(config, parallel.pp.world, spread.balance, recipe.data.seq_len)
     return HybridLM(

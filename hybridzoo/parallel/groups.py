@@ -16,7 +16,7 @@ import torch.distributed as dist
 from hybridzoo.comm import SINGLE, Axis, Parallel
 from hybridzoo.errors import ConfigError
 from hybridzoo.launcher import NAMES, is_launched, number
-from hybridzoo.parallel.agree import exchange
+from hybridzoo.parallel.agree import check_alike, exchange
 
 
 def init(
@@ -56,11 +56,12 @@ def init(
             _check_single(tp, pp, ep)
             return SINGLE
         world = number("WORLD_SIZE")
-        _check_layout(world, tp, pp, ep)
+        check_layout(world, tp, pp, ep)
         _join(world, timedelta(seconds=timeout_s), device)
     world = dist.get_world_size()
-    _check_layout(world, tp, pp, ep)
-    _check_alike({"tp": tp, "pp": pp, "ep": ep, "sequence_parallel": sequence_parallel})
+    check_layout(world, tp, pp, ep)
+    sizes = {"tp": tp, "pp": pp, "ep": ep, "sequence_parallel": sequence_parallel}
+    check_alike({f"parallel.{name}": size for name, size in sizes.items()})
     limit = timedelta(seconds=timeout_s)
     ranks = torch.arange(world).view(pp, -1, tp)
     dp = ranks.shape[1]
@@ -148,18 +149,12 @@ def _check_single(tp: int, pp: int, ep: int) -> None:
     )
 
 
-def _check_alike(mine: dict[str, int]) -> None:
-    told = exchange(mine)
-    for i, theirs in enumerate(told):
-        for name, value in theirs.items():
-            if value != told[0][name]:
-                raise ConfigError(
-                    f"parallel: rank {i} has {name} {value} and rank 0 {told[0][name]}; ranks that "
-                    "are laid out differently would wait for ever. Start all of them alike."
-                )
+def check_layout(world: int, tp: int, pp: int, ep: int) -> None:
+    """Refuse sizes that `world` ranks cannot have.
 
-
-def _check_layout(world: int, tp: int, pp: int, ep: int) -> None:
+    Raises:
+        ConfigError: the legal ones are listed.
+    """
     if world % (tp * pp):
         raise ConfigError(
             f"parallel: {world} ranks cannot be laid out as tp {tp} x pp {pp}; the product divides "

@@ -19,6 +19,7 @@ from hybridzoo.kernels import dispatch
 from hybridzoo.model import HybridLM
 from hybridzoo.parallel.engine import check
 from hybridzoo.parallel.recipe import Recipe
+from hybridzoo.parallel.stages import balance_line, stages
 from hybridzoo.tokenizer import Tokenizer, load_tokenizer
 from hybridzoo.train import snapshot
 from hybridzoo.train.data import PackedData
@@ -122,8 +123,6 @@ def start(
 
 
 def _stages(recipe: Recipe, config: HybridConfig, parallel: Parallel) -> list[range]:
-    from hybridzoo.parallel.pipeline import stages
-
     return stages(config, parallel.pp.world, recipe.parallel.balance, recipe.data.seq_len)
 
 
@@ -152,8 +151,6 @@ def _layout(model: HybridLM, recipe: Recipe) -> str:
     line += ", sequence parallel" if parallel.sequence_parallel else ""
     line += f", ZeRO {spread.zero_stage}, {torch.distributed.get_backend()}"
     if sizes["pp"] > 1:
-        from hybridzoo.parallel.pipeline import balance_line
-
         parts = _stages(recipe, model.config, parallel)
         line += f"; {balance_line(model.config, parts, recipe.data.seq_len)}"
     return line

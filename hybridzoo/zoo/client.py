@@ -21,6 +21,7 @@ T = TypeVar("T")
 _ATTEMPTS = 5
 # seconds; who is to wait longer than this should hear of it
 _LONGEST_WAIT = 120
+_LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 _PASSING = (408, 429, 500, 502, 503, 504)
 
 
@@ -146,7 +147,6 @@ def _sentence(error: BaseException, repo: str, revision: str | None) -> str:
     from huggingface_hub import constants, errors
 
     where = endpoint()
-    login = "log in with `hf auth login`, or set HF_TOKEN"
     if isinstance(error, errors.HfHubHTTPError):
         return _refusal(error, repo, revision)
     if isinstance(error, errors.OfflineModeIsEnabled):
@@ -155,7 +155,7 @@ def _sentence(error: BaseException, repo: str, revision: str | None) -> str:
             f" and HF_HUB_OFFLINE is set: {where} is not asked. Check the path, or unset it."
         )
     if isinstance(error, errors.LocalTokenNotFoundError):
-        return f"no token ({where}); the hub has to know who asks. Please {login}."
+        return f"no token ({where}); the hub has to know who asks. Please {_LOGIN}."
     if isinstance(error, errors.HFValidationError):
         return f"no name of a repository ({error}); it is owner/name. Correct it."
     if isinstance(error, _network_error()):
@@ -180,11 +180,10 @@ def _refusal(error: HfHubHTTPError, repo: str, revision: str | None) -> str:
     from huggingface_hub import errors
 
     status, url = error.response.status_code, f"{endpoint()}/{repo}"
-    login = "log in with `hf auth login`, or set HF_TOKEN"
     if isinstance(error, errors.GatedRepoError):
         return (
             f"gated ({status}); its owner gives it to those who ask. Accept its terms at {url}, "
-            f"then {login}."
+            f"then {_LOGIN}."
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return (
@@ -194,7 +193,7 @@ def _refusal(error: HfHubHTTPError, repo: str, revision: str | None) -> str:
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
             f"no such repository at {endpoint()} ({status}), or a private one, and no such "
-            f"directory here. Check the name; for a private one {login}."
+            f"directory here. Check the name; for a private one {_LOGIN}."
         )
     if isinstance(error, errors.EntryNotFoundError):
         return f"the hub lists a file that it does not have ({status}). Try again later."
@@ -202,7 +201,7 @@ def _refusal(error: HfHubHTTPError, repo: str, revision: str | None) -> str:
         said = error.server_message or error.response.headers.get("X-Error-Message") or "no reason"
         return (
             f"not allowed ({status}: {shown(said)}); this token may not do that. Use another one: "
-            f"{login}."
+            f"{_LOGIN}."
         )
     if status in (409, 412):
         return f"changed while it was written to ({status}); nothing was published. Try again."

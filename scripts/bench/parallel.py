@@ -27,8 +27,8 @@ from hybridzoo.model import HybridLM
 from hybridzoo.parallel.engine import Engine, initialize
 from hybridzoo.parallel.groups import finish, init
 from hybridzoo.parallel.optim import lr_at
-from hybridzoo.parallel.pipeline import stages
 from hybridzoo.parallel.recipe import DataRecipe, ParallelRecipe, Recipe
+from hybridzoo.parallel.stages import stages
 from hybridzoo.tokenizer import load_tokenizer
 from hybridzoo.train.data import PackedData
 

@@ -27,9 +27,14 @@ def refusal(world, config=jobs.CONFIG, **change):
 @pytest.mark.parametrize(
     ("world", "change", "what", "way"),
     [
-        (3, {"parallel": {"tp": 2}}, "tp 2 x pp 1 cannot share 3 ranks", "1, 3"),
-        (4, {"parallel": {"tp": 2, "pp": 4}}, "tp 2 x pp 4 cannot share 4 ranks", "1, 2, 4"),
-        (4, {"parallel": {"ep": 3}}, r"ep: \(3\) must divide the 4", "Use 1, 2, 4"),
+        (3, {"parallel": {"tp": 2}}, "cannot be laid out as tp 2 x pp 1", "1, 3"),
+        (
+            4,
+            {"parallel": {"tp": 2, "pp": 4}},
+            "cannot be laid out as tp 2 x pp 4",
+            "1, 2, 4",
+        ),
+        (4, {"parallel": {"ep": 3}}, "ep 3 cannot divide 4 data-parallel ranks", "Use ep 1, 2, 4"),
         (3, {}, r"batch_size: \(8\) .* dp \(3\) x accumulate \(4\)", "a multiple of 12"),
         (1, {"parallel": {"sequence_parallel": True}}, "needs tp above 1", "Set tp"),
         (4, {"parallel": {"tp": 4, "zero_stage": 1, "recompute": {"Q": "full"}}}, "'Q'", "M, N, G"),

@@ -10,8 +10,8 @@ import torch
 from hybridzoo.layers.init import seeded
 from hybridzoo.parallel.engine import Engine, initialize
 from hybridzoo.parallel.groups import init
-from hybridzoo.parallel.pipeline import stages
 from hybridzoo.parallel.recipe import DataRecipe, ParallelRecipe, Recipe
+from hybridzoo.parallel.stages import stages
 from tests import gloo
 from tests.models import make_config, make_model, tiny
 

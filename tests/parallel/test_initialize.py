@@ -100,7 +100,7 @@ def apart(_, changes):
     [
         ({"lr": 0.5}, "lr: rank 1 has 0.5 and rank 0 0.001; "),
         ({"parallel": {"zero_stage": 2}}, "parallel.zero_stage: rank 1 has 2 and rank 0 1; "),
-        ({"parallel": {"tp": 2}}, "parallel: rank 1 has tp 2 and rank 0 1; "),
+        ({"parallel": {"tp": 2}}, "parallel.tp: rank 1 has 2 and rank 0 1; "),
     ],
 )
 def test_ranks_with_different_recipes_are_refused(change, sentence):

@@ -16,8 +16,9 @@ from hybridzoo.model import HybridLM
 from hybridzoo.parallel import groups
 from hybridzoo.parallel.engine import SLOTS, Engine
 from hybridzoo.parallel.loss import IGNORE, loss
-from hybridzoo.parallel.pipeline import PipelineEngine, _Part, stages
+from hybridzoo.parallel.pipeline import PipelineEngine, _Part
 from hybridzoo.parallel.recipe import DataRecipe, ParallelRecipe, Recipe
+from hybridzoo.parallel.stages import stages
 from tests import gloo
 from tests.models import relative, tiny
 

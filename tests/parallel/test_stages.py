@@ -7,7 +7,7 @@ import pytest
 
 from hybridzoo.config import HybridConfig
 from hybridzoo.errors import ConfigError
-from hybridzoo.parallel.pipeline import _balanced, balance_line, stages
+from hybridzoo.parallel.stages import _balanced, balance_line, stages
 from tests.models import make_config
 
 MLP = {"kind": "mlp", "d_ff": 32, "gated": False}
