@@ -20,7 +20,8 @@ def facts(config: HybridConfig) -> dict[str, Any]:
         name, pattern, d_model, vocab_size, n_places, n_stages, n_params, n_active_params,
         weight_bytes (in bf16) and weight_bytes_fp32, flops_per_token, state_bytes and
         transformer_state_bytes (one sequence in bf16, by context), transformer (what that twin is)
-        and layers: one row a letter with kind, count, parameters of one and options.
+        and layers: one row a letter with kind, count, parameters of one and options; several, each
+        with its places, for a letter that layers_at changes somewhere.
     """
     twin, n_twins, twin_text = _transformer(config)
     return {
@@ -40,7 +41,7 @@ def facts(config: HybridConfig) -> dict[str, Any]:
             n: n_twins * _bytes(twin.state(config.d_model, 1, n)) for n in CONTEXTS
         },
         "transformer": twin_text,
-        "layers": [_row(config, letter) for letter in config.expanded.letters],
+        "layers": [row for letter in config.expanded.letters for row in _rows(config, letter)],
     }
 
 
@@ -59,19 +60,37 @@ def draw(config: HybridConfig, per_row: int = 16) -> list[tuple[int, list[str]]]
     return rows
 
 
-def _row(config: HybridConfig, letter: str) -> dict[str, Any]:
-    branches = [b for place in config.places for b in place if b.letter == letter]
-    first = branches[0].config
-    n_params = sum(_numel(p.shape) for p in first.params(config.d_model).values() if p.trained)
-    options = {k: v for k, v in first.to_dict().items() if k != "kind"}
+def row_name(row: dict[str, Any]) -> str:
+    """The letter of a row of facts()["layers"], with its places where others differ."""
+    places = row.get("places", [])
+    more = ", ..." if len(places) > 4 else ""
+    return row["letter"] + (f" at {', '.join(map(str, places[:4]))}{more}" if places else "")
+
+
+def _rows(config: HybridConfig, letter: str) -> list[dict[str, Any]]:
+    groups: list[tuple[Branch, list[int]]] = []
+    for i, place in enumerate(config.places):
+        for branch in (b for b in place if b.letter == letter):
+            same = next((at for b, at in groups if b.config == branch.config), None)
+            if same is None:
+                groups.append((branch, [i]))
+            else:
+                same.append(i)
+    several = len(groups) > 1
+    return [_row(config, b, at) | ({"places": at} if several else {}) for b, at in groups]
+
+
+def _row(config: HybridConfig, branch: Branch, at: list[int]) -> dict[str, Any]:
+    layer = branch.config
+    params = layer.params(config.d_model).values()
     row = {
-        "letter": letter,
-        "kind": first.kind,
-        "count": len(branches),
-        "n_params": n_params,
-        "options": options,
+        "letter": branch.letter,
+        "kind": layer.kind,
+        "count": len(at),
+        "n_params": sum(_numel(p.shape) for p in params if p.trained),
+        "options": {k: v for k, v in layer.to_dict().items() if k != "kind"},
     }
-    return row | ({"shared": branches[0].shared} if branches[0].shared else {})
+    return row | ({"shared": branch.shared} if branch.shared else {})
 
 
 def _mixes(branch: Branch, d_model: int) -> bool:

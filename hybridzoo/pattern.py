@@ -209,7 +209,8 @@ class _Reader:
 
     def cut(self, at: int) -> None:
         if self.groups:
-            raise self.error(at, "'|' cuts pipeline stages and is allowed at top level only")
+            what = "'|' cuts pipeline stages and is allowed at top level only"
+            raise self.error(at, what, "close the group before it")
         self.check_segment(at, "before")
         self.cuts.append(len(self.places))
 
@@ -290,11 +291,10 @@ def _named(char: str) -> str:
     return repr(char) if char.isascii() else f"{char!a} ({unicodedata.name(char, 'unnamed')})"
 
 
-def _error(text: str, at: int, what: str, rule: str = "") -> ConfigError:
+def _error(text: str, at: int, what: str, rule: str) -> ConfigError:
     """Point at text[at], inside a window of the text when it is long."""
     start = max(0, min(at - _WINDOW // 2, len(text) - _WINDOW))
     before, after = "..." * (start > 0), "..." * (start + _WINDOW < len(text))
     line = "".join(c if c.isprintable() else " " for c in text[start : start + _WINDOW])
-    indent = " " * (len(before) + at - start)
-    sentence = f"pattern: {what} at column {at + 1}" + (f"; {rule}." if rule else "")
-    return ConfigError(f"{sentence}\n  {before}{line}{after}\n  {indent}^")
+    shown = f"  {before}{line}{after}\n  {' ' * (len(before) + at - start)}^"
+    return ConfigError(f"pattern: {what} at column {at + 1}; {rule}.\n{shown}")

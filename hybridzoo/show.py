@@ -12,7 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from rich.table import Table
 from rich.text import Text
 
-from hybridzoo.describe import draw, facts
+from hybridzoo.describe import draw, facts, row_name
 from hybridzoo.kernels.dispatch import explain
 from hybridzoo.tokenizer import Decoder
 
@@ -158,7 +158,7 @@ def _legend(found: dict[str, Any]) -> Table:
     table = Table("letter", "kind", "places", "parameters each", "options")
     for row in found["layers"]:
         options = ", ".join(f"{k}={v}" for k, v in row["options"].items())
-        letter = Text(row["letter"], COLOURS.get(row["kind"], "magenta"))
+        letter = Text(row_name(row), COLOURS.get(row["kind"], "magenta"))
         kind = row["kind"] + (f" (shared.{row['shared']})" if "shared" in row else "")
         table.add_row(letter, kind, str(row["count"]), count(row["n_params"]), Text(options))
     return table

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from hybridzoo import HybridConfig
-from hybridzoo.describe import draw, facts
+from hybridzoo.describe import draw, facts, row_name
 from hybridzoo.errors import ConfigError
 from hybridzoo.zoo.card import Card
 
@@ -43,7 +43,7 @@ def render_facts(config: HybridConfig, config_name: str) -> str:
     ]
     table = "".join(f"| {name} | {value} |\n" for name, value in rows)
     legend = "".join(
-        f"| {row['letter']} | {row['kind']} | {row['count']} | {row['n_params']:,} |\n"
+        f"| {row_name(row)} | {row['kind']} | {row['count']} | {row['n_params']:,} |\n"
         for row in found["layers"]
     )
     stack = "".join(f"{first:>4}  {' '.join(places)}\n" for first, places in draw(config))

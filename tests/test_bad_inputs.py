@@ -186,7 +186,7 @@ def pattern_typo():
     return info(pattern="M-F")
 
 
-@case(11, r"pattern: '\|' cuts pipeline stages and is allowed at top level only at column 4\n.*\n")
+@case(11, r"pattern: '\|' cuts pipeline stages and is allowed at top level only at column 4; .*\n")
 def cut_inside_a_group():
     return info(pattern="2(M|F)")
 

@@ -3,7 +3,7 @@
 import pytest
 
 from hybridzoo import HybridConfig
-from hybridzoo.describe import CONTEXTS, draw, facts
+from hybridzoo.describe import CONTEXTS, draw, facts, row_name
 
 # widths small enough to count: every product below is written out from the kinds' definitions
 OPTIONS = {
@@ -57,20 +57,21 @@ def test_stack_is_counted_in_places_and_stages():
 
 
 def test_a_letter_has_a_row_with_its_places_and_one_layer_s_parameters():
-    rows = {row["letter"]: row for row in facts(config())["layers"]}
-    assert list(rows) == ["S", "M", "A", "F", "E"]
+    rows = {row_name(row): row for row in facts(config())["layers"]}
+    assert list(rows) == ["S", "M", "A", "F at 2", "F at 4", "E"]
     counted = {letter: (r["kind"], r["count"], r["n_params"]) for letter, r in rows.items()}
     assert counted == {
         "S": ("attention", 2, SHARED),
         "M": ("mamba1", 1, MAMBA),
         "A": ("attention", 1, ATTENTION),
-        # of the first place: the second is wider
-        "F": ("mlp", 2, MLP),
+        "F at 2": ("mlp", 1, MLP),
+        # wider by layers_at
+        "F at 4": ("mlp", 1, WIDER),
         "E": ("moe", 1, ROUTER + 4 * EXPERT),
     }
     assert {letter for letter, row in rows.items() if "shared" in row} == {"S"}
     assert rows["S"]["shared"] == "base"
-    assert rows["F"]["options"] == {"d_ff": 5}
+    assert rows["F at 2"]["options"] == {"d_ff": 5}
     assert "kind" not in rows["M"]["options"]
 
 

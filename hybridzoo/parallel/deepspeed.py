@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from hybridzoo.comm import Parallel
+from hybridzoo.errors import ConfigError
 from hybridzoo.parallel import ds_config, optim
+from hybridzoo.parallel.agree import exchange
 from hybridzoo.parallel.ds_keys import imported
 from hybridzoo.parallel.engine import SLOTS, Engine, Outcome
 from hybridzoo.parallel.loss import IGNORE, Batch, loss
@@ -32,6 +35,8 @@ class DataEngine(Engine):
         recipe: of the run, which the ranks can run.
     """
 
+    _has_checked = False
+
     def _setup(self) -> None:
         recipe, self.stage = self.recipe, self.recipe.parallel.zero_stage
         load(self.device)
@@ -45,6 +50,7 @@ class DataEngine(Engine):
     def step(self, batches: Sequence[Batch], lr: float) -> Outcome:
         """As Engine's; every rank has as many parts, and the tp ranks of one dp the same ones."""
         assert len(batches) == self.recipe.accumulate, "DeepSpeed counts the parts of a step"
+        self.check_shares(batches)
         self.engine.train()
         dp = self.parallel.dp
         count = sum(int((b["labels"] != IGNORE).sum()) for b in batches)
@@ -72,6 +78,25 @@ class DataEngine(Engine):
         is_applied = norm < torch.inf
         self.n_updates += is_applied
         return Outcome(nats, aux, norm, int(n), is_applied)
+
+    def check_shares(self, batches: Sequence[Batch]) -> None:
+        """Refuse, at the first step, ranks of one dp that bring different sequences.
+
+        They would work on slices of different things, and no error would follow.
+        """
+        if self._has_checked:
+            return
+        mine = [zlib.crc32(b["input_ids"].cpu().numpy().tobytes()) for b in batches]
+        first: dict[int, tuple[int, list[int]]] = {}
+        for i, (dp, theirs) in enumerate(exchange((self.parallel.dp.rank, mine))):
+            origin, told = first.setdefault(dp, (i, theirs))
+            if theirs != told:
+                raise ConfigError(
+                    f"batches: ranks {origin} and {i} brought different sequences; the tp and pp "
+                    f"ranks of one data-parallel rank ({dp}) share the work on the same. Draw them "
+                    "by engine.parallel.dp.rank."
+                )
+        self._has_checked = True
 
     def _update(self) -> float:
         """Clip and apply the reduced gradients; the norm, infinite where none was applied."""

@@ -90,11 +90,6 @@ def _check_stage(recipe: Recipe, dp: int) -> None:
 
 def _check_model(recipe: Recipe, config: HybridConfig) -> None:
     spread, length = recipe.parallel, recipe.data.seq_len
-    if spread.sequence_parallel and spread.tp == 1:
-        raise ConfigError(
-            "parallel.sequence_parallel: (true) needs tp above 1; its ranks share the tokens. "
-            "Set tp, or leave it out."
-        )
     if spread.sequence_parallel and length % spread.tp:
         raise ConfigError(
             f"data.seq_len: ({length}) must be a multiple of tp ({spread.tp}) with "

@@ -55,6 +55,7 @@ class PipelineEngine(DataEngine):
     def step(self, batches: Sequence[Batch], lr: float) -> Outcome:
         """As Engine's; every rank has as many parts, of one shape, those of one dp the same."""
         assert len(batches) == self.recipe.accumulate, "DeepSpeed would leave the others out"
+        self.check_shares(batches)
         dp, moved = self.parallel.dp, [self.moved(b) for b in batches]
         counts = torch.stack([(b["labels"] != IGNORE).sum() for b in moved])
         n_targets = over(dp, counts.sum()).clamp(min=1)

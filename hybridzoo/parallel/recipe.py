@@ -76,6 +76,11 @@ class ParallelRecipe:
         check_fields("parallel", self)
         for letter, mode in self.recompute.items():
             checked(f"parallel.recompute.{letter}", mode, Recompute)
+        if self.sequence_parallel and self.tp == 1:
+            raise ConfigError(
+                "parallel.sequence_parallel: (true) needs tp above 1; its ranks share the tokens. "
+                "Set tp, or leave it out."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

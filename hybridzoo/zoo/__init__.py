@@ -170,7 +170,7 @@ def load_tokenizer_of(source: str | Path, config: HybridConfig) -> Tokenizer:
     if not path.is_file():
         raise ConfigError(
             f"{path}: missing; the model reads text through this file. Copy it there from where "
-            "the model was published."
+            "the model was published, or as its card says."
         )
     return load_tokenizer(path)
 

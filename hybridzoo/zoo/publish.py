@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 README = "README.md"
 # those of verify that need no arithmetic of the model
-_CHEAP = ("files", "tensors", "checksums", "tokenizer")
+_CHEAP = ("files", "tensors", "values", "checksums", "tokenizer")
 # PyTorch's archives and the pickles of protocols 2 to 5, whatever they are called
 _PICKLED = re.compile(rb"PK\x03\x04|\x80[\x02-\x05]")
 _SECRET_NAMES = re.compile(

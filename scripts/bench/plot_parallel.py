@@ -31,7 +31,7 @@ def main() -> None:
         speed = [v["speedup"] for v in times.values()]
         floor = [v["speedup"] / v["floor_over_time"] for v in times.values()]
         left.barh(places, speed, 0.34, color=COLOURS[name], label=TITLES[name])
-        left.scatter(floor, places, marker="|", s=220, color="black", label=None if i else "floor")
+        left.scatter(floor, places, marker="|", s=220, color="black", label=None if i else "bound")
         for place, value in zip(places, speed, strict=True):
             left.text(value - 0.04, place, f"{value:.2f}", ha="right", va="center", color="white")
         left.set_yticks(range(len(times)), list(times))

@@ -36,7 +36,6 @@ def refusal(world, config=jobs.CONFIG, **change):
         ),
         (4, {"parallel": {"ep": 3}}, "ep 3 cannot divide 4 data-parallel ranks", "Use ep 1, 2, 4"),
         (3, {}, r"batch_size: \(8\) .* dp \(3\) x accumulate \(4\)", "a multiple of 12"),
-        (1, {"parallel": {"sequence_parallel": True}}, "needs tp above 1", "Set tp"),
         (4, {"parallel": {"tp": 4, "zero_stage": 1, "recompute": {"Q": "full"}}}, "'Q'", "M, N, G"),
         (2, {"accumulate": 1, "parallel": {"zero_stage": 3, "ep": 2}}, "with ep 2", "0, 1 or 2"),
         (2, {"accumulate": 1, "parallel": {"zero_stage": 3}, "ema": 0.9}, "with ema 0.9", "ema 0"),
