@@ -125,7 +125,8 @@ def _join(tp: int, device: torch.device) -> tuple[Parallel, torch.device]:
     if device.index is not None:
         rule = "each rank has a GPU of its own"
         raise ConfigError(f"--device: one GPU ({device}) with --tp {tp}; {rule}. Use auto or cuda.")
-    parallel = init(tp=tp, device=device)
+    # the others wait while the first downloads, for hours; one that dies is the launcher's to tell
+    parallel = init(tp=tp, device=device, timeout_s=86_400)
     if parallel.dp.world > 1:
         n = parallel.dp.world * tp
         rule = "all of them share one model"

@@ -64,7 +64,8 @@ def row_name(row: dict[str, Any]) -> str:
     """The letter of a row of facts()["layers"], with its places where others differ."""
     places = row.get("places", [])
     more = ", ..." if len(places) > 4 else ""
-    return row["letter"] + (f" at {', '.join(map(str, places[:4]))}{more}" if places else "")
+    where = f" at {', '.join(map(str, places[:4]))}{more}" if places else ""
+    return f"{row['letter']}{where}"
 
 
 def _rows(config: HybridConfig, letter: str) -> list[dict[str, Any]]:

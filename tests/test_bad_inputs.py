@@ -1315,7 +1315,7 @@ def data_shorter_than_a_window():
     return train(text="brief")
 
 
-@case(42, r"output: run already holds checkpoints; .*--resume, or choose another")
+@case(42, r"output: run already holds step-\d+/; .*--resume, or choose another")
 def output_taken():
     cli_run(train())
     return ["train", "recipe.yaml"]

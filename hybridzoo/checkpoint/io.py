@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ from hybridzoo.checkpoint.crew import ALONE, Crew
 from hybridzoo.checkpoint.frame import PICKLE_FILE, Pickle, check_size, write_archive
 from hybridzoo.checkpoint.shard import DTYPES, Shard, Spec
 from hybridzoo.checkpoint.transfer import Piece
-from hybridzoo.checkpoint.writer import Writer, reserve
+from hybridzoo.checkpoint.writer import Writer, is_on_nfs, reserve
 from hybridzoo.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
@@ -160,13 +161,16 @@ def commit(
             if crew.is_first:
                 _stage(directory, layout, texts, undo)
         # before `fill`, in which ranks may wait for each other
-        with crew.phase():
+        with crew.phase() as met:
+            met.value = socket.gethostname()
             if not staging.is_dir():
                 raise CheckpointError(
                     f"{directory}: not the directory that rank 0 writes to; the ranks share one "
                     "file system. Save to a place that every host sees."
                 )
-        with crew.phase() as filled, _writing(directory), Writer(staging, layout.files) as writer:
+        through = len(set(met.values)) > 1 and is_on_nfs(staging)
+        writer = Writer(staging, layout.files, through=through)
+        with crew.phase() as filled, _writing(directory), writer:
             filled.value = fill(writer)
         check(filled.values)
         with crew.phase(), _writing(directory):
@@ -174,7 +178,7 @@ def commit(
                 sync(staging)
                 os.rename(staging, directory / COMMITTED)
                 sync(directory)
-                _finish(directory)
+                finish_save(directory)
 
 
 @contextmanager
@@ -201,7 +205,7 @@ def _stage(directory: Path, layout: Layout, texts: Mapping[str, bytes], undo: Ex
         undo.callback(_remove_empty, directory)
     directory.mkdir(parents=True, exist_ok=True)
     undo.enter_context(locked(directory, "saving to"))
-    _finish(directory)
+    finish_save(directory)
     staging = directory / _STAGING
     shutil.rmtree(staging, ignore_errors=True)
     # half a checkpoint must not be what fills the disk
@@ -223,8 +227,8 @@ def _remove_empty(directory: Path) -> None:
         directory.rmdir()
 
 
-def _finish(directory: Path) -> None:
-    """Move a committed save into place; a kill in between does no harm, for it is resumed."""
+def finish_save(directory: Path) -> None:
+    """Move a committed save into place, under the lock; one that was killed doing so goes on."""
     committed = directory / COMMITTED
     if not committed.is_dir():
         return

@@ -27,19 +27,38 @@ def reserve(file: BinaryIO, shard: Shard) -> None:
         os.ftruncate(file.fileno(), size)
 
 
+def is_on_nfs(directory: Path, mounts: Path = Path("/proc/self/mounts")) -> bool:
+    """Whether a directory lies on a network file system whose hosts do not see each other's pages.
+
+    Args:
+        directory: of this host.
+        mounts: Linux's list of file systems; elsewhere the answer is no.
+    """
+    lines = mounts.read_text(encoding="utf-8").splitlines() if mounts.is_file() else []
+    directory = directory.resolve()
+    found = [(point.replace("\\040", " "), kind) for _, point, kind, *_ in map(str.split, lines)]
+    over = [(len(point), kind) for point, kind in found if directory.is_relative_to(point)]
+    return max(over, default=(0, ""))[1].startswith("nfs")
+
+
 class Writer:
     """Writes slices into a save's reserved files; several ranks may do so at once.
 
     Args:
         directory: where the files are.
         shards: which tensors stand in which of them; archives are not written in slices.
+        through: let every write reach the disk by itself. Else a host on NFS may send whole pages,
+            in which another host's bytes are as they were (nfs_can_extend_write in Linux).
 
     Attributes:
         directory: as given.
     """
 
-    def __init__(self, directory: Path, shards: Mapping[str, Shard]) -> None:
+    def __init__(
+        self, directory: Path, shards: Mapping[str, Shard], *, through: bool = False
+    ) -> None:
         self.directory = directory
+        self._flags = os.O_WRONLY | os.O_CLOEXEC | (os.O_DSYNC if through else 0)
         # stored tensor -> file, first byte, dtype
         self._places: dict[str, tuple[str, int, torch.dtype]] = {}
         for file, shard in shards.items():
@@ -53,7 +72,7 @@ class Writer:
         """Write a piece's tensor to its place, in the dtype of the file."""
         file, offset, dtype = self._places[piece.name]
         if file not in self._open:
-            self._open[file] = os.open(self.directory / file, os.O_WRONLY | os.O_CLOEXEC)
+            self._open[file] = os.open(self.directory / file, self._flags)
         for batch in runs(piece, offset, dtype):
             batch.write(self._open[file], dtype)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from hybridzoo.checkpoint.slots import load_slots, save_slots
 from hybridzoo.comm import SINGLE, Parallel
 from hybridzoo.errors import ConfigError
-from hybridzoo.parallel.agree import agreed, from_first, is_first, lowest
+from hybridzoo.parallel.agree import agreed, is_first, lowest
 from hybridzoo.parallel.engine import SLOTS, Outcome, initialize, join, pick_device
 from hybridzoo.parallel.loss import Batch
 from hybridzoo.parallel.optim import AVERAGE, Average, lr_at
@@ -98,7 +98,8 @@ class Trainer:
         self.signal: signal.Signals | None = None
         # the step of the last checkpoint; labels since the last record, and when that was
         self._saved, self._seen, self._since = 0, 0, 0.0
-        found = from_first(lambda: find(recipe, resume, self.notice))
+        with agreed():
+            found = find(recipe, resume, self.notice)
         with agreed():
             at = None if found is None else found[0]
             self.start = start(recipe, self.device, parallel, at)

@@ -17,6 +17,7 @@ from hybridzoo.config import HybridConfig
 from hybridzoo.errors import ConfigError
 from hybridzoo.kernels import dispatch
 from hybridzoo.model import HybridLM
+from hybridzoo.parallel.agree import from_first
 from hybridzoo.parallel.engine import check
 from hybridzoo.parallel.recipe import Recipe
 from hybridzoo.parallel.stages import balance_line, stages
@@ -50,30 +51,39 @@ def find(
 ) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint to go on from and its plain values; half-written ones are removed.
 
+    All ranks call it.
+
     Raises:
         ConfigError: a new run in the directory of another, or the recipe changed.
         CheckpointError: no checkpoint is intact.
     """
     root = Path(recipe.output)
-    snapshot.remove_halves(root)
+    found = None
     if not resume:
-        if snapshot.has_any(root):
-            raise ConfigError(
-                f"output: {root} already holds checkpoints; a new run needs a directory "
-                "of its own. Go on with --resume, or choose another."
-            )
-        return None
-    found = snapshot.newest(root, notice)
-    if found is None:
-        notice(f"{root}: no checkpoint yet; starting at step 0.")
-        return None
-    key = recipe.changed_key(found[1]["recipe"])
-    if key is not None:
+        from_first(lambda: _refuse_kept(root))
+    else:
+        found = snapshot.newest(root, notice)
+        if found is None:
+            notice(f"{root}: no checkpoint yet; starting at step 0.")
+    key = None if found is None else recipe.changed_key(found[1]["recipe"])
+    if found is not None and key is not None:
         raise ConfigError(
             f"{key}: changed since {found[0]} was written; a resumed run keeps its recipe. "
             "Restore the value, or train into another output."
         )
+    from_first(lambda: snapshot.remove_halves(root))
     return found
+
+
+def _refuse_kept(root: Path) -> None:
+    kept = snapshot.first_kept(root)
+    if kept is None:
+        return
+    way = "Move it away" if kept.name == "best" else "Go on with --resume"
+    raise ConfigError(
+        f"output: {root} already holds {kept.name}/; a new run needs a directory of its own. "
+        f"{way}, or choose another."
+    )
 
 
 def start(

@@ -13,10 +13,12 @@ from typing import Any
 
 from hybridzoo.checkpoint.io import locked, sync
 from hybridzoo.errors import CheckpointError
-from hybridzoo.parallel.agree import agreed, exchange, is_first, rank, world
+from hybridzoo.parallel.agree import agreed, exchange, from_first, is_first, rank, world
 
 _NAME = re.compile(r"step-(\d{8,})")
 _POINTER, _INFO, _HALF = "latest", "trainer.json", "tmp-"
+# of a run, among files of the user's that may begin alike
+_HALVES = re.compile(r"tmp-((gone-)?step-\d{8,}|latest|log\.jsonl|loss\.png)")
 
 
 @contextmanager
@@ -126,6 +128,8 @@ def name_of(step: int) -> str:
 def newest(root: Path, notice: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint that `latest` names, or the newest intact one before it; None where is none.
 
+    All ranks call it, and share the reading.
+
     Args:
         root: directory of the run.
         notice: called with a sentence for every checkpoint that is passed over.
@@ -133,17 +137,8 @@ def newest(root: Path, notice: Callable[[str], None]) -> tuple[Path, dict[str, A
     Raises:
         CheckpointError: there are checkpoints, but none is intact.
     """
-    found = _directories(root)
-    pointer = root / _POINTER
-    # a power cut may leave any bytes
-    text = pointer.read_text(encoding="utf-8", errors="replace") if pointer.is_file() else None
-    named = None if text is None else root / text.strip()
-    if named is not None and named not in found:
-        notice(f"{pointer}: it names {named.name}, which is not there; looking for another.")
-    # newer than the pointer: complete but for the pointer; a resume would write it again
-    candidates = [d for d in found if named not in found or _step(d) <= _step(named)]
-    reason = ""
-    for directory in candidates:
+    found, reason = from_first(lambda: _candidates(root, notice)), ""
+    for directory in found:
         reason = why_broken(directory)
         if not reason:
             return directory, read_info(directory)
@@ -156,14 +151,37 @@ def newest(root: Path, notice: Callable[[str], None]) -> tuple[Path, dict[str, A
     return None
 
 
+def _candidates(root: Path, notice: Callable[[str], None]) -> list[Path]:
+    """Newest first, from the one that `latest` names."""
+    found, pointer = _directories(root), root / _POINTER
+    # a power cut may leave any bytes
+    text = pointer.read_text(encoding="utf-8", errors="replace") if pointer.is_file() else None
+    named = None if text is None else root / text.strip()
+    if named is not None and named not in found:
+        notice(f"{pointer}: it names {named.name}, which is not there; looking for another.")
+    # newer than the pointer: complete but for the pointer; a resume would write it again
+    return [d for d in found if named not in found or _step(d) <= _step(named)]
+
+
 def why_broken(directory: Path) -> str:
-    """What is wrong with a checkpoint's files; empty where nothing is."""
+    """What is wrong with a checkpoint's files; empty where nothing is. All ranks call it."""
+    files, reason = from_first(lambda: _listed(directory))
+    # hundreds of GB on one rank would outlast the patience of the others
+    mine = {name: files[name] for name in sorted(files)[rank() :: world()]}
+    return next(filter(None, [reason, *exchange(_mismatch(directory, mine))]), "")
+
+
+def _listed(directory: Path) -> tuple[dict[str, str], str]:
+    """Each file's digest as trainer.json has it, or what is wrong with that."""
     if not (directory / _INFO).is_file():
-        return f"{_INFO} is missing"
+        return {}, f"{_INFO} is missing"
     try:
-        files = read_info(directory)["files"]
+        return dict(read_info(directory)["files"]), ""
     except (ValueError, KeyError, TypeError):
-        return f"{_INFO} is damaged"
+        return {}, f"{_INFO} is damaged"
+
+
+def _mismatch(directory: Path, files: Mapping[str, str]) -> str:
     for name, digest in files.items():
         if not (directory / name).is_file():
             return f"{name} is missing"
@@ -181,15 +199,18 @@ def read_info(directory: Path) -> dict[str, Any]:
 def remove_halves(root: Path) -> None:
     """Delete what a killed run left half written."""
     for path in root.glob(f"{_HALF}*"):
+        if not _HALVES.fullmatch(path.name):
+            continue
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink()
 
 
-def has_any(root: Path) -> bool:
-    """Whether the directory holds checkpoints."""
-    return bool(_directories(root))
+def first_kept(root: Path) -> Path | None:
+    """A checkpoint or the best weights that a run left in the directory; None where is none."""
+    best = [root / "best"] if (root / "best" / "config.json").is_file() else []
+    return next(iter(_directories(root) + best), None)
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import socket
 import time
 from contextlib import contextmanager
 from functools import cache
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from hybridzoo.checkpoint import load, open_source, save, spread, transfer
+from hybridzoo.checkpoint import io, load, open_source, save, spread, transfer
 from hybridzoo.checkpoint.crew import Crew
 from hybridzoo.checkpoint.layout import load_into
 from hybridzoo.checkpoint.slots import load_slots, save_slots
@@ -379,6 +380,27 @@ def phase_that_fails(parallel, error):
     except CheckpointError as found:
         return str(found)
     return ""
+
+
+def saves_from_hosts(parallel, directory, hosts, nfs):
+    """Whether each weights file was opened to write through, of ranks on so many hosts."""
+    found = set()
+
+    def noted(known):
+        def opened(path, flags, *args):
+            if str(path).endswith(".safetensors") and flags & os.O_WRONLY:
+                found.add(flags & os.O_DSYNC == os.O_DSYNC)
+            return known(path, flags, *args)
+
+        return opened
+
+    with (
+        replaced(os, "open", noted),
+        replaced(socket, "gethostname", lambda _: lambda: f"host-{dist.get_rank() % hosts}"),
+        replaced(io, "is_on_nfs", lambda _: lambda directory: nfs),
+    ):
+        save(HybridLM(make_config(), parallel=parallel), directory)
+    return found
 
 
 def saves_elsewhere(parallel, directory):

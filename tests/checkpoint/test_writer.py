@@ -1,6 +1,7 @@
 """Slices into files: a box's bytes and no others; phases that ranks end together."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hybridzoo.checkpoint import transfer
 from hybridzoo.checkpoint.io import SINGLE_FILE, commit, plan
 from hybridzoo.checkpoint.shard import DTYPE_NAMES, DTYPES, Shard, Spec
 from hybridzoo.checkpoint.transfer import Piece, narrow
-from hybridzoo.checkpoint.writer import Writer, reserve
+from hybridzoo.checkpoint.writer import Writer, is_on_nfs, reserve
 from hybridzoo.errors import CheckpointError
 from tests import gloo
 from tests.checkpoint import ranks
@@ -81,6 +82,39 @@ def test_an_error_that_is_not_ours_ends_the_phase_on_all():
 def test_an_interrupt_waits_for_nobody():
     # rank 1's next phase is the one that rank 0 waits in
     assert gloo.run(2, ranks.phase_that_fails, KeyboardInterrupt()) == ["", "KeyboardInterrupt"]
+
+
+MOUNTS = """\
+/dev/root / ext4 rw 0 0
+server:/home /home nfs4 rw,vers=4.1 0 0
+server:/big /mnt/our\\040data nfs rw 0 0
+/dev/sdb /home/local xfs rw 0 0
+lustre /scratch lustre rw 0 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "is_one"),
+    [
+        ("/tmp/x", False),
+        ("/home/me/run", True),
+        ("/home/local/run", False),
+        ("/homely", False),
+        ("/mnt/our data/run", True),
+        ("/scratch/run", False),
+    ],
+)
+def test_nfs_is_found_among_the_mounts(tmp_path, where, is_one):
+    (tmp_path / "mounts").write_text(MOUNTS)
+    assert is_on_nfs(Path(where), tmp_path / "mounts") is is_one
+    assert not is_on_nfs(Path(where), tmp_path / "none")
+
+
+@pytest.mark.parametrize(("hosts", "nfs"), [(2, True), (2, False), (1, True)])
+def test_hosts_that_share_files_over_nfs_write_through(tmp_path, hosts, nfs):
+    """Else one sends a page whole, with the other's bytes in it as they were before."""
+    flags = gloo.run(2, ranks.saves_from_hosts, tmp_path / "new", hosts, nfs)
+    assert flags == [{hosts == 2 and nfs}] * 2
 
 
 def test_a_directory_that_one_rank_does_not_see_is_refused(tmp_path):

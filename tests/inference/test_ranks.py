@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import hybridzoo
+from hybridzoo import arguments
 from hybridzoo.comm import SINGLE
+from hybridzoo.parallel import groups
 from tests import gloo
 from tests.models import make_model, randint
 
@@ -36,6 +38,19 @@ def run(tmp_path):
 
 
 TORCHRUN = ["torchrun", "--standalone", "--nproc-per-node", "2", "--no-python", "hybridzoo"]
+
+
+def test_ranks_wait_for_a_download_of_hours(monkeypatch):
+    """The first one downloads; torch's collectives would give up after ten minutes."""
+    asked = {}
+
+    def joined(**options):
+        asked.update(options)
+        return SINGLE
+
+    monkeypatch.setattr(groups, "init", joined)
+    arguments._join(2, torch.device("cpu"))
+    assert asked["timeout_s"] >= 12 * 3600
 
 
 @pytest.mark.slow

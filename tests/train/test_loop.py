@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 
 import pytest
@@ -283,9 +284,32 @@ def test_a_new_run_refuses_a_directory_that_holds_one(tmp_path):
     recipe = runs.recipe(tmp_path, steps=1, eval_every=0)
     train(recipe, console=runs.quiet())
     assert refusal(recipe) == (
-        f"output: {tmp_path / 'run'} already holds checkpoints; a new run needs a directory of "
+        f"output: {tmp_path / 'run'} already holds step-00000001/; a new run needs a directory of "
         "its own. Go on with --resume, or choose another."
     )
+
+
+def test_the_best_weights_of_another_run_are_not_overwritten(tmp_path):
+    recipe = runs.recipe(tmp_path, steps=2, eval_every=2)
+    train(recipe, console=runs.quiet())
+    root = tmp_path / "run"
+    for path in root.glob("step-*"):
+        shutil.rmtree(path)
+    before = (root / "best" / "model.safetensors").read_bytes()
+    assert refusal(recipe) == (
+        f"output: {root} already holds best/; a new run needs a directory of its own. "
+        "Move it away, or choose another."
+    )
+    assert (root / "best" / "model.safetensors").read_bytes() == before
+
+
+def test_files_that_are_not_a_runs_stay(tmp_path):
+    root = tmp_path / "run"
+    (root / "tmp-notes").mkdir(parents=True)
+    (root / "tmp-todo.md").write_text("write")
+    (root / "tmp-step-00000004").mkdir()
+    train(runs.recipe(tmp_path, steps=1, eval_every=0), console=runs.quiet())
+    assert sorted(p.name for p in root.glob("tmp-*")) == ["tmp-notes", "tmp-todo.md"]
 
 
 def test_too_few_rows_for_the_tokenizer_are_refused(tmp_path):

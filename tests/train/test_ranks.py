@@ -1,6 +1,8 @@
 """The trainer on several ranks: the run of one process, whatever the layout, also resumed."""
 
 import errno
+import hashlib
+import json
 import os
 import signal
 from types import SimpleNamespace
@@ -208,6 +210,34 @@ def test_files_that_one_rank_cannot_read_back_are_one_error_on_all(tmp_path):
     assert not list((tmp_path / "run").glob("*step*"))
 
 
+def checked(_, directory):
+    """What is wrong with a checkpoint, and which files this rank read to know."""
+    known, read = snapshot._digest, []
+
+    def noted(path):
+        read.append(path.name)
+        return known(path)
+
+    snapshot._digest = noted
+    try:
+        return snapshot.why_broken(directory), read
+    finally:
+        snapshot._digest = known
+
+
+def test_ranks_share_the_reading_of_a_checkpoint(tmp_path):
+    (tmp_path / "step").mkdir()
+    names = ["a", "b", "c"]
+    for name in names:
+        (tmp_path / "step" / name).write_text(name)
+    files = {name: hashlib.sha256(name.encode()).hexdigest() for name in names}
+    (tmp_path / "step" / "trainer.json").write_text(json.dumps({"files": files}))
+    assert gloo.run(2, checked, tmp_path / "step") == [("", ["a", "c"]), ("", ["b"])]
+    (tmp_path / "step" / "b").write_text("B")
+    broken = gloo.run(2, checked, tmp_path / "step")
+    assert [said for said, _ in broken] == ["b is damaged"] * 2
+
+
 def told(_, made):
     """What each rank hears of a held-out loss that came out a last bit higher on rank 1."""
     engine = SimpleNamespace(model=runs.model(), recipe=made)
@@ -256,7 +286,7 @@ def test_the_directory_of_another_run_is_refused_on_all_ranks(tmp_path):
     ends = gloo.run(2, trained, made)
     assert ends[0][:2] == ends[1][:2]
     assert "rank 0: output: " in ends[0][1]
-    assert "already holds checkpoints" in ends[0][1]
+    assert "already holds step-" in ends[0][1]
 
 
 def test_one_process_refuses_a_deepspeed_config_that_it_would_not_read(tmp_path):
