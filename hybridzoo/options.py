@@ -71,8 +71,8 @@ def read_file(path: str | Path) -> Any:
     if not path.is_file():
         what = "is a directory" if path.is_dir() else "no such file"
         raise ConfigError(
-            f"{path}: {what}; a config is a .yaml or .json file. "
-            "Check the path, or `hybridzoo list`."
+            f"{path}: {what}; a config or a recipe is a .yaml or .json file. Check the path "
+            "(`hybridzoo list` names the configs)."
         )
     is_json = path.suffix == ".json"
     try:

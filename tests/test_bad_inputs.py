@@ -311,7 +311,7 @@ def missing_path():
     return ["generate", "runs/none"]
 
 
-@case(1, r"recipe.yaml: no such file; a config is a \.yaml or \.json file")
+@case(1, r"recipe.yaml: no such file; a config or a recipe is a \.yaml or \.json file")
 def missing_recipe():
     return ["train", "recipe.yaml"]
 

@@ -152,7 +152,7 @@ def test_a_broken_file_is_one_sentence(tmp_path, content, name, sentence):
 
 
 def test_a_missing_file_or_a_folder_is_one_sentence(tmp_path):
-    rule = r"; a config is a \.yaml or \.json file\. Check the path, or `hybridzoo list`\."
+    rule = r"; a config or a recipe is a \.yaml or \.json file\. Check the path \(`hybridzoo list` "
     for path, what in ((tmp_path, "is a directory"), (tmp_path / "no.yaml", "no such file")):
         with pytest.raises(ConfigError, match=what + rule):
             read_file(path)

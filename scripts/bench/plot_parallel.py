@@ -1,4 +1,4 @@
-"""Draw what parallel.py measured: speed against one GPU beside its floor, and the loss curves.
+"""Draw what parallel.py measured: speed against one GPU beside its bound, and the loss curves.
 
 python scripts/bench/plot_parallel.py PICTURE.png NAME=OUT.json [NAME=OUT.json]
 """

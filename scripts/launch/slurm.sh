@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # sbatch --nodes 2 scripts/launch/slurm.sh recipe.yaml [--output DIR] ...
-# Type it at the top of the clone, after `bash scripts/install.sh train`. One task a GPU. A rank that fails ends the job;
-# SLURM's SIGTERM 3 minutes before the time limit saves and stops, as `scancel --signal=TERM JOB` does (plain scancel
-# kills soon after); the next sbatch of the same recipe goes on from there.
+# Type it at the top of the clone, after `bash scripts/install.sh train`. One task a GPU. A rank that fails ends the
+# job; SLURM's SIGTERM 3 minutes before the time limit saves and stops, as `scancel --signal=TERM JOB` does (plain
+# scancel kills soon after its own); the next sbatch of the same recipe goes on from there.
 #SBATCH --job-name=hybridzoo
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -17,6 +17,5 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # above the usual services, and another one for each job of a host
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
-# srun does not take it from sbatch
-export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
-exec srun --kill-on-bad-exit=1 .venv/bin/python scripts/launch/train.py "$@" --resume
+# some versions of srun do not take the number from sbatch
+exec srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" .venv/bin/python scripts/launch/train.py "$@" --resume

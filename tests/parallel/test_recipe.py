@@ -94,6 +94,10 @@ MISTAKES = [
     ({"min_lr_ratio": 1.5}, "min_lr_ratio: out of range (1.5); it must lie in 0..1."),
     ({"compile": "yes please"}, "compile: wrong type ('yes please'); expected true or false."),
     ({"seed": -1}, "seed: too small (-1); it must be at least 0."),
+    (
+        {"parallel": {"sequence_parallel": True}},
+        "parallel.sequence_parallel: (true) needs tp above 1; its ranks share the tokens. Set tp,",
+    ),
     ({"data": "t.txt"}, "data: expected keys of a recipe's data ('t.txt'); write a mapping"),
     ({"data": {"source": "t.txt"}}, "data.seq_len is missing; a recipe's data needs it."),
     (
