@@ -10,10 +10,9 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-import torch
-
 from hybridzoo.errors import ConfigError
 from hybridzoo.options import read_file, shown, suggest
+from hybridzoo.parallel.engine import pick_device
 from hybridzoo.parallel.recipe import Recipe
 
 # sections of a user's file that join ours: where DeepSpeed keeps their keys
@@ -46,6 +45,8 @@ _VALUES: dict[str, tuple[type | str, ...]] = {
     "log_level": ("debug", "info", "warning", "error"),
     "zero_allow_untested_optimizer": (bool,),
 }
+# what ZeRO ignores at stage 1 and asserts at 2 and 3: the value that does no harm
+_WITHOUT_ZERO = {"prescale_gradients": False, "gradient_predivide_factor": 1}
 _PRECISION = "parameters stay fp32. Set the recipe's precision: bf16"
 _OURS = "the recipe says it. Leave it out, and set {}"
 _STORED = "checkpoints are hybridzoo's own. Leave it out"
@@ -141,6 +142,12 @@ def user_keys(recipe: Recipe, ours: Mapping[str, Any]) -> dict[str, Any]:
                 raise ConfigError(f"{where}: ({shown(value)}) cannot be used; {_REFUSED[key]}.")
         elif key in _VALUES:
             found[key] = _check_value(where, value, _VALUES[key])
+            stage = recipe.parallel.zero_stage
+            if stage and value != _WITHOUT_ZERO.get(key, value):
+                raise ConfigError(
+                    f"{where}: ({shown(value)}) cannot work with zero_stage {stage}; ZeRO averages "
+                    "gradients its own way. Leave it out, or set parallel.zero_stage: 0."
+                )
         elif key in _MODELS or key in _SECTIONS:
             found[key] = _section(path, key, value, recipe)
         else:
@@ -179,8 +186,8 @@ def _section(path: str, key: str, value: Any, recipe: Recipe) -> dict[str, Any]:
         _check_zero(path, value, recipe)
     from pydantic import ValidationError
 
-    # any device serves to read the names of keys
-    imported("cuda" if torch.cuda.is_available() else "cpu")
+    # DeepSpeed keeps the device of its first import: the run's, not one that would serve here
+    imported(pick_device(recipe).type)
     module, name = _MODELS[key].split(":")
     model = getattr(import_module(module), name)
     try:

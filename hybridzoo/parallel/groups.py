@@ -96,15 +96,8 @@ def _join(world: int, limit: timedelta, device: torch.device | str | None) -> No
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
     options: dict[str, Any] = {}
     if kind == "cuda":
-        local, n_gpus = number("LOCAL_RANK"), torch.cuda.device_count()
-        if local >= n_gpus:
-            raise ConfigError(
-                f"parallel: rank {number('RANK')} is process {local + 1} of this host, which has "
-                f"{n_gpus} GPUs; each rank needs its own. Start fewer ranks."
-            )
-        torch.cuda.set_device(local)
         # else NCCL guesses it from the rank
-        options["device_id"] = torch.device("cuda", local)
+        options["device_id"] = _own_gpu()
     backend = "nccl" if kind == "cuda" else "gloo"
     try:
         dist.init_process_group(
@@ -113,9 +106,39 @@ def _join(world: int, limit: timedelta, device: torch.device | str | None) -> No
     except dist.DistNetworkError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ConfigError(
-            f"parallel: the ranks cannot meet at {where} ({str(error).splitlines()[0]}); rank 0 "
-            "listens there. Give the launcher a free port: --master_port 29501."
+            f"parallel: the ranks cannot meet at {where} ({last_line(error)}); rank 0 listens "
+            "there. Give the launcher a free port: --master_port 29501."
         ) from error
+    except dist.DistBackendError as error:
+        # where another rank ended, NCCL has no words of its own, or calls it remote
+        if "Last error" not in str(error) or "ncclRemoteError" in str(error):
+            raise
+        raise ConfigError(
+            f"parallel: NCCL cannot start ({last_line(error)}); it needs a GPU for each rank, room "
+            "in /dev/shm and a network between hosts. Set NCCL_DEBUG=INFO to see what it lacks."
+        ) from error
+
+
+def _own_gpu() -> torch.device:
+    local, n_gpus = number("LOCAL_RANK"), torch.cuda.device_count()
+    if local >= n_gpus:
+        raise ConfigError(
+            f"parallel: rank {number('RANK')} is process {local + 1} of its host and sees too few "
+            f"GPUs ({n_gpus}); each rank needs its own. Start fewer ranks; with SLURM ask for "
+            "--gpus-per-node, as --gpus-per-task shows a task only its own."
+        )
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def last_line(error: BaseException) -> str:
+    """What an error of torch.distributed says last: NCCL's or gloo's own words, if it has any."""
+    # C++ frames may follow
+    text = str(error).partition("Exception raised from ")[0]
+    lines = [line.strip().rstrip(".") for line in text.splitlines()]
+    # NCCL's words follow this heading, or nothing does
+    said = [line for line in lines if line and not line.startswith("Last error:")]
+    return said[-1] if said else type(error).__name__
 
 
 def _axis(groups: Sequence[list[int]], limit: timedelta) -> Axis:

@@ -22,8 +22,8 @@ from hybridzoo.parallel import groups
 
 # longer than torchrun (0.1 s) and deepspeed (1 s) take to see that a rank ended, and to say so
 PATIENCE_S = 3.0
-_LOST = "lost contact with another rank; its error comes first."
-_SILENT = "no answer from another rank within parallel.timeout_s; it hangs, or is still at work."
+_LOST = "lost contact with another rank; its error comes first"
+_SILENT = "no answer from another rank within parallel.timeout_s; it hangs, or is still at work"
 
 
 def run(
@@ -51,9 +51,8 @@ def run(
         elif isinstance(error, KeyboardInterrupt):
             _exit(130)
         elif _is_of_contact(error):
-            _is_told(PATIENCE_S)
-            is_silent = "imed out" in str(error)
-            _say(_SILENT if is_silent else _LOST, error if is_debug else None)
+            text = _contact(error, is_told=_is_told(PATIENCE_S))
+            _say(text, error if is_debug else None)
             _exit(1)
         _leave(f"{type(error).__name__}: {error}", 1, error)
 
@@ -73,7 +72,7 @@ def run(
 
 def lose() -> NoReturn:
     """End this rank at once, from any thread, because another one died."""
-    _say(_LOST, None)
+    _say(f"{_LOST}.", None)
     _exit(1)
 
 
@@ -114,6 +113,17 @@ def _is_told(seconds: float) -> bool:
 def _is_of_contact(error: BaseException) -> bool:
     # gloo's errors are bare RuntimeErrors that name its source file
     return isinstance(error, dist.DistError) or any(w in str(error) for w in ("gloo", "NCCL"))
+
+
+def _contact(error: BaseException, *, is_told: bool) -> str:
+    text = _SILENT if "imed out" in str(error) else _LOST
+    if is_told:
+        return f"{text}."
+    # the launcher ends nobody here: the cause is on another host, or this
+    return (
+        f"{text}, or the cause is here ({groups.last_line(error)}). Set NCCL_DEBUG=INFO, or add "
+        "--debug for the traceback."
+    )
 
 
 def _exit(code: int) -> NoReturn:

@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+import torch
 
 from hybridzoo.errors import ConfigError
 from hybridzoo.parallel import ds_config, ds_keys
@@ -72,6 +73,37 @@ def test_what_the_recipe_says_too_may_stay(write):
     options = {"train_batch_size": "auto", "gradient_clipping": 0.5, "fp16": {"enabled": False}}
     made = ds_config.build(write(options | {"zero_optimization": {"stage": 1}}), 1)
     assert made == ds_config.build(jobs.recipe(), 1)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("key", "plain", "other"),
+    [("prescale_gradients", False, True), ("gradient_predivide_factor", 1.0, 2)],
+)
+def test_only_without_zero_gradients_are_scaled_on_the_way(write, stage, key, plain, other):
+    """DeepSpeed does not look at these keys at stage 1, and stops at an assertion at 2 and 3."""
+    spread = {"zero_stage": stage}
+    assert ds_config.build(write({key: plain}, parallel=spread), 1)[key] == plain
+    given = write({key: other}, parallel=spread)
+    if stage == 0:
+        assert ds_config.build(given, 1)[key] == other
+        return
+    sentence = rf"{key}: \({other}\) cannot work with zero_stage {stage}; "
+    with pytest.raises(ConfigError, match=sentence):
+        ds_config.build(given, 1)
+
+
+@pytest.mark.parametrize(("device", "kind"), [("cpu", "cpu"), ("auto", "cuda"), ("cuda", "cuda")])
+def test_a_section_is_read_with_deepspeed_for_the_device_of_the_recipe(
+    write, monkeypatch, device, kind
+):
+    """The first import decides for the process, whatever the engine asks for later."""
+    ds_keys.imported("cpu")
+    asked = []
+    monkeypatch.setattr(ds_keys, "imported", asked.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    ds_config.build(write({"zero_optimization": {"stage": 1}}, device=device), 1)
+    assert asked == [kind]
 
 
 def test_a_file_that_is_no_mapping_is_refused(write):

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from hybridzoo import launcher
 from hybridzoo.comm import SINGLE
 from hybridzoo.errors import ConfigError
-from hybridzoo.parallel import finish, init
+from hybridzoo.parallel import finish, groups, init
 from tests import gloo
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -170,6 +170,79 @@ def test_two_processes_with_a_launchers_environment_find_each_other(kind):
     ]
     said = [rank.communicate(timeout=60)[0] for rank in ranks]
     assert said == [f"rank {rank} of 2: 3, False\n" for rank in range(2)]
+
+
+def second_task(monkeypatch, n_gpus):
+    """The second process of a host, as it sees the host's GPUs."""
+    for name, value in environment("deepspeed", "1", 29_999).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+
+
+def test_a_rank_without_a_gpu_of_its_own_names_what_slurm_hides(monkeypatch):
+    second_task(monkeypatch, 1)
+    with pytest.raises(ConfigError) as caught:
+        init(device="cuda")
+    assert str(caught.value) == (
+        "parallel: rank 1 is process 2 of its host and sees too few GPUs (1); each rank needs its "
+        "own. Start fewer ranks; with SLURM ask for --gpus-per-node, as --gpus-per-task shows a "
+        "task only its own."
+    )
+
+
+OWN = """NCCL error in: NCCLUtils.cpp:94, invalid usage, NCCL version 2.27.5
+ncclInvalidUsage: This usually reflects invalid usage of NCCL library.
+Last error:
+Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 65000"""
+ANOTHERS = [
+    "NCCL error in: NCCLUtils.cpp:94, remote process exited or there was a network error\n"
+    "ncclRemoteError: A call failed possibly due to a remote process exiting prematurely.\n"
+    "Last error:\nsocketProgress: Connection closed by remote peer",
+    "[1] is setting up NCCL communicator and retrieving ncclUniqueId from [0] via c10d key-value "
+    "store by key '0', but store->get('0') got error: failed to recv, got 0 bytes",
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("1/2 clients joined.", "1/2 clients joined"),
+        ("NCCL error\nLast error:\nno room", "no room"),
+        ("no room\nException raised from a (most recent call first):\nframe #0: b", "no room"),
+        ("ncclSystemError: a call failed. \nLast error:\n\n", "ncclSystemError: a call failed"),
+        ("a call failed.\nLast error: Unknown NCCL Error\n", "a call failed"),
+        ("", "RuntimeError"),
+    ],
+)
+def test_the_line_of_an_error_that_says_most_is_its_last(text, line):
+    assert groups.last_line(RuntimeError(text)) == line
+
+
+def fail(monkeypatch, text):
+    def start(*args, device_id, **options):
+        assert device_id == torch.device("cuda", 1)
+        raise dist.DistBackendError(text)
+
+    second_task(monkeypatch, 2)
+    monkeypatch.setattr(dist, "init_process_group", start)
+    init(device="cuda")
+
+
+def test_why_nccl_cannot_start_is_a_sentence(monkeypatch):
+    with pytest.raises(ConfigError) as caught:
+        fail(monkeypatch, OWN)
+    assert str(caught.value) == (
+        "parallel: NCCL cannot start (Duplicate GPU detected : rank 1 and rank 0 both on CUDA "
+        "device 65000); it needs a GPU for each rank, room in /dev/shm and a network between "
+        "hosts. Set NCCL_DEBUG=INFO to see what it lacks."
+    )
+
+
+@pytest.mark.parametrize("text", ANOTHERS, ids=["remote", "store"])
+def test_the_end_of_another_rank_is_no_mistake_of_this_one(monkeypatch, text):
+    with pytest.raises(dist.DistBackendError):
+        fail(monkeypatch, text)
 
 
 def test_a_port_in_use_is_said(monkeypatch):

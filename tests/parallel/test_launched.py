@@ -21,7 +21,10 @@ MISTAKE = 'raise ConfigError("lr is wrong.")'
 BUG = 'raise ValueError("a bug")'
 CLOSED = 'raise RuntimeError("[/third_party/gloo/gloo/pair.cc:5] Connection closed by peer")'
 SILENT = 'raise RuntimeError("[gloo/unbound_buffer.cc:78] Timed out waiting 5000ms")'
-LOST = "rank {}: lost contact with another rank; its error comes first.\n"
+NO_ROOM = r'raise RuntimeError("NCCL error in: a.cpp\nLast error:\nno room in /dev/shm/nccl-a")'
+LOST = "rank {}: lost contact with another rank; its error comes first"
+# where the launcher ends nobody, a rank's own error may be the first
+OR_HERE = ", or the cause is here ({}). Set NCCL_DEBUG=INFO, or add --debug for the traceback.\n"
 
 
 def start(rank, body, *arguments):
@@ -46,13 +49,25 @@ def test_each_end_has_its_words_and_code():
             2,
             "rank 0: in words: rank 3: lr is wrong.\n",
         ),
-        "lost": (2, CLOSED, 1, LOST.format(2)),
+        "lost": (
+            2,
+            CLOSED,
+            1,
+            LOST.format(2)
+            + OR_HERE.format("[/third_party/gloo/gloo/pair.cc:5] Connection closed by peer"),
+        ),
+        "its own": (
+            0,
+            NO_ROOM,
+            1,
+            LOST.format(0) + OR_HERE.format("no room in /dev/shm/nccl-a"),
+        ),
         "silent": (
             0,
             SILENT,
             1,
             "rank 0: no answer from another rank within parallel.timeout_s; it hangs, or is still "
-            "at work.\n",
+            "at work" + OR_HERE.format("[gloo/unbound_buffer.cc:78] Timed out waiting 5000ms"),
         ),
         "its wish": (0, "raise SystemExit(130)", 130, ""),
         "its value": (0, "return 7", 7, ""),
@@ -84,4 +99,4 @@ def test_a_rank_that_is_told_to_end_is_silent_about_what_the_first_says_too():
         time.sleep(1)
         rank.send_signal(signal.SIGTERM)
         ends.append((rank.communicate(timeout=60)[1], rank.returncode))
-    assert ends == [("", 2), (LOST.format(1), 1)]
+    assert ends == [("", 2), (f"{LOST.format(1)}.\n", 1)]
