@@ -66,6 +66,8 @@ class Fault:
     change: object = None
     cut: int | None = None
     delay: float = 0.0
+    # what was asked for is done, and only the answer is this one
+    lost: bool = False
     then: object = None
 
 
@@ -146,7 +148,7 @@ class _Handler(BaseHTTPRequestHandler):
             threading.Event().wait(self.fault.delay)
             if self.fault.then:
                 self.fault.then()
-            if self.fault.status:
+            if self.fault.status and not self.fault.lost:
                 return self._send(self.fault.status, self.fault.body, self.fault.headers)
         for verb, form, answer in _ROUTES:
             match = re.fullmatch(form, self.where)
@@ -172,6 +174,8 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        if self.fault and self.fault.lost:
+            status, body, headers = self.fault.status, self.fault.body, self.fault.headers
         self.send_response(status)
         headers = {"Content-Length": str(len(body)), **(headers or {})}
         for name, value in headers.items():

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hybridzoo.checkpoint import load
-from hybridzoo.checkpoint.io import GOLDEN, SUMS, locked, sync
+from hybridzoo.checkpoint.io import GOLDEN, SUMS, finish_save, locked, sync
 from hybridzoo.checkpoint.shard import Shard, Spec, open_shard, render_header
 from hybridzoo.errors import CheckpointError
 from hybridzoo.kernels.dispatch import find_op, list_ops, use
@@ -108,6 +108,8 @@ def write_sums(directory: str | Path) -> None:
 def seal(directory: str | Path) -> None:
     """Write golden.safetensors and SHA256SUMS of a finished checkpoint, for `verify` to check."""
     with locked(Path(directory), "saving to"):
+        # the logits are those of a committed save wherever it lies, the checksums of what lies here
+        finish_save(Path(directory))
         write_golden(directory)
         write_sums(directory)
 

@@ -2,7 +2,8 @@
 
 The cache is the client's own, shared with its other users: snapshots/<commit>/ holds links to blobs
 whose names are the hub's ids of their content, refs/ the commit of each branch. Beside them
-.hybridzoo/<commit>.json says which files were whole and right, with size and time of each.
+.hybridzoo/<commit>.checked.json has size and time of each file that was right, and
+<commit>.whole.json the files of a download that came whole.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from hybridzoo.checkpoint.golden import digest, read_sums
 from hybridzoo.checkpoint.io import INDEX_FILE, SUMS
@@ -40,6 +43,7 @@ _FILES = (
     SUMS,
 )
 _SHA256_DIGITS = 64
+_CHECKED, _WHOLE = "checked", "whole"
 
 
 @dataclass(frozen=True)
@@ -77,22 +81,35 @@ def cached(
     Raises:
         HubError: a file is not what the hub's id of it says.
     """
+    found = _here(repo, revision, noted, only_config)
+    if found is None:
+        return None
+    snapshot, names = found
+    folder = snapshot.path
+    # a cache without links holds copies, which do not say what they should be
+    links = [name for name in names if (folder / name).is_symlink()]
+    oids = {name: os.readlink(folder / name).split("/")[-1] for name in links}
+    check(repo, snapshot.commit, folder, oids)
+    return snapshot
+
+
+def _here(
+    repo: str, revision: str | None, noted: bool = False, only_config: bool = False
+) -> tuple[Snapshot, set[str]] | None:
+    """What `cached` is to check, and its files; None where it is not whole."""
     home = storage(repo)
     ref = home / "refs" / (revision or "main")
     commit = ref.read_text().strip() if ref.is_file() else revision or ""
     folder = home / "snapshots" / commit
     if not COMMIT.fullmatch(commit) or not (folder / CONFIG).is_file():
         return None
-    known = _notes(home, commit)
+    known = _notes(home, commit, _WHOLE).get("files")
     if not known and (noted or not (only_config or _is_whole(folder))):
         return None
     names = {CONFIG} if only_config else {*(known or names_among(p.name for p in folder.iterdir()))}
     if not all((folder / name).is_file() for name in names):
         return None
-    # a cache without links holds copies, which do not say what they should be
-    links = [name for name in names if (folder / name).is_symlink()]
-    check(repo, commit, folder, {name: os.readlink(folder / name).split("/")[-1] for name in links})
-    return Snapshot(folder, repo, commit, was_cached=True)
+    return Snapshot(folder, repo, commit, was_cached=True), names
 
 
 def check(
@@ -118,8 +135,12 @@ def check(
         raise HubError(
             f"{repo}: {missing[0]} did not come; the hub lists it at commit {commit}. Try again."
         )
-    known = _notes(storage(repo), commit) if folder.parent.name == "snapshots" else {}
-    new = [name for name in oids if known.get(name) != _stamp(folder / name)]
+    home = storage(repo)
+    # where the cache is a link the client says where it leads
+    is_cache = folder.parent.resolve() == (home / "snapshots").resolve()
+    known = _notes(home, commit, _CHECKED) if is_cache else {}
+    stamps = {name: _stamp(folder / name) for name in oids}
+    new = [name for name in oids if known.get(name) != stamps[name]]
     done, total = 0, sum((folder / name).stat().st_size for name in new)
 
     def advance(n: int) -> None:
@@ -127,7 +148,7 @@ def check(
         done += n
         progress("checking", done, total)
 
-    bad = [name for name in new if _id(folder / name, oids[name], advance) != oids[name]]
+    bad = [name for name in new if content_id(folder / name, oids[name], advance) != oids[name]]
     for name in bad:
         _remove(folder / name)
     if bad:
@@ -136,6 +157,10 @@ def check(
             f"({oids[bad[0]]}); the copy was removed. Download it again; if that ends here too, do "
             "not trust the repository."
         )
+    if new and is_cache:
+        # a cache that may only be read serves as well, and is hashed each time
+        with suppress(OSError):
+            _write_notes(home, commit, _CHECKED, known | stamps)
 
 
 def check_sums(repo: str, folder: Path, oids: Mapping[str, str]) -> None:
@@ -155,13 +180,16 @@ def check_sums(repo: str, folder: Path, oids: Mapping[str, str]) -> None:
 
 
 def note(repo: str, commit: str, revision: str | None, names: Collection[str] | None) -> None:
-    """Remember which commit a revision is, and files that were checked; None: not all are here."""
+    """Remember which commit a revision is, and which files came whole.
+
+    Without names, where only some came, a revision of which all is here stays what it is.
+    """
     home = storage(repo)
-    if names is not None:
-        folder = home / "snapshots" / commit
-        stamps = {name: _stamp(folder / name) for name in sorted(names)}
-        if stamps != _notes(home, commit):
-            _replace(_notes_path(home, commit), json.dumps(stamps, indent=1))
+    if names is None:
+        if _here(repo, revision) is not None:
+            return
+    elif (files := {"files": sorted(names)}) != _notes(home, commit, _WHOLE):
+        _write_notes(home, commit, _WHOLE, files)
     ref = home / "refs" / (revision or "main")
     if revision != commit and not (ref.is_file() and ref.read_text() == commit):
         _replace(ref, commit)
@@ -196,14 +224,17 @@ def _is_whole(folder: Path) -> bool:
     return any(folder.glob(WEIGHTS)) or any(folder.glob(PICKLED))
 
 
-def _notes_path(home: Path, commit: str) -> Path:
-    return home / ".hybridzoo" / f"{commit}.json"
+def _notes_path(home: Path, commit: str, kind: str) -> Path:
+    return home / ".hybridzoo" / f"{commit}.{kind}.json"
 
 
-def _notes(home: Path, commit: str) -> dict[str, list[int]]:
-    """File -> size and time when it was checked, of a commit that came whole."""
-    path = _notes_path(home, commit)
+def _notes(home: Path, commit: str, kind: str) -> dict[str, Any]:
+    path = _notes_path(home, commit, kind)
     return read_json(path) if path.is_file() else {}
+
+
+def _write_notes(home: Path, commit: str, kind: str, notes: dict[str, Any]) -> None:
+    _replace(_notes_path(home, commit, kind), json.dumps(notes, indent=1))
 
 
 def _stamp(path: Path) -> list[int]:
@@ -211,7 +242,7 @@ def _stamp(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def _id(path: Path, oid: str, advance: Callable[[int], None]) -> str:
+def content_id(path: Path, oid: str, advance: Callable[[int], None] = lambda n: None) -> str:
     """A file's SHA-256, or its id as a git blob where `oid` is one."""
     if len(oid) == _SHA256_DIGITS:
         return digest(path, advance)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import yaml
 
-from hybridzoo.errors import ConfigError
-from hybridzoo.options import check_fields, read_options
+from hybridzoo.errors import CheckpointError, ConfigError
+from hybridzoo.options import check_fields, read_options, shown
+
+if TYPE_CHECKING:
+    from hybridzoo.config import HybridConfig
 
 _FENCE = "---\n"
 _FORMS = {
@@ -125,3 +128,39 @@ class Card:
         """The file's text; parse reads it back equal."""
         head = yaml.safe_dump(self.front.to_dict(), sort_keys=False, allow_unicode=True, width=1000)
         return f"{_FENCE}{head}{_FENCE}{self.body}"
+
+
+def make_card(config: HybridConfig, repo: str, license: str) -> Card:
+    """A short card of a model that is published without one."""
+    kinds = {branch.config.kind for place in config.places for branch in place}
+    front = FrontMatter(
+        license=license,
+        library_name="hybridzoo",
+        pipeline_tag="text-generation",
+        tags=tuple(sorted(kinds)),
+    )
+    body = (
+        f"# {config.name}\n\nA hybrid language model of hybridzoo: `{config.pattern}`, "
+        f"{config.n_params():,} parameters, d_model {config.d_model}.\n\n## Use\n\n"
+        f'```python\nimport hybridzoo\n\nmodel = hybridzoo.load("{repo}")\n```\n'
+    )
+    return Card(front, body)
+
+
+def check_licence(path: Path, license: str | None) -> None:
+    """Refuse a card, ours or anybody's, without a licence or with another than `license`."""
+    head, fence, _ = path.read_text(encoding="utf-8").removeprefix("---\n").partition("\n---")
+    try:
+        front = yaml.safe_load(head) if fence else None
+    except yaml.YAMLError as error:
+        front = " ".join(str(error).split())
+    if not isinstance(front, dict) or not front.get("license"):
+        raise CheckpointError(
+            f"{path}: no licence in its front matter ({shown(front)}); the hub shows that. "
+            "Begin the card with a line of ---, a line such as license: apache-2.0, and ---."
+        )
+    if license not in (None, front["license"]):
+        raise CheckpointError(
+            f"{path}: its licence is {shown(front['license'])}, not {shown(license)}; a card that "
+            "is there is not written over. Change it there, or leave out --license."
+        )

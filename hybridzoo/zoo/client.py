@@ -51,13 +51,21 @@ def is_offline() -> bool:
     return constants.HF_HUB_OFFLINE
 
 
-def ask(repo: str, revision: str | None, call: Callable[[], T]) -> T:
+def ask(
+    repo: str, revision: str | None, call: Callable[[], T], *, left: str = "whole files are kept"
+) -> T:
     """What `call` returns; where the hub is busy or down for a moment it is called again.
+
+    Args:
+        repo: owner/name.
+        revision: of the repository, for the sentences.
+        call: asks the hub through the client.
+        left: what a call that fails leaves behind, as its sentence says it.
 
     Raises:
         HubError: it failed, or the hub wants a wait of more than two minutes.
     """
-    with _sentences(repo, revision):
+    with _sentences(repo, revision, left), _bounded_waits():
         for attempt in range(_ATTEMPTS - 1):
             try:
                 return call()
@@ -80,7 +88,7 @@ def is_out_of_reach(error: HubError) -> bool:
 
 
 @contextmanager
-def bounded_waits() -> Iterator[None]:
+def _bounded_waits() -> Iterator[None]:
     """The client waits by itself, as long as a busy hub says; within limits, here."""
     from huggingface_hub import get_session
     from huggingface_hub.errors import HfHubHTTPError
@@ -110,7 +118,14 @@ def _wait(error: OSError, attempt: int) -> float | None:
 
 
 def _asked_wait(error: HfHubHTTPError) -> float:
-    text = error.response.headers.get("Retry-After", "")
+    """Seconds, of the header that the client obeys."""
+    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
+
+    headers = error.response.headers
+    limit = parse_ratelimit_headers(headers)
+    if error.response.status_code == 429 and limit is not None and limit.remaining == 0:
+        return float(limit.reset_in_seconds)
+    text = headers.get("Retry-After", "")
     # the other form, a date, comes from no hub
     return float(text) if text.isdecimal() else 0.0
 
@@ -133,22 +148,22 @@ def _cause(error: BaseException | None) -> BaseException | None:
 
 
 @contextmanager
-def _sentences(repo: str, revision: str | None) -> Iterator[None]:
+def _sentences(repo: str, revision: str | None, left: str) -> Iterator[None]:
     try:
         yield
     # KeyError, TypeError: an answer that lacks what the client takes for granted; RuntimeError: how
     # it wraps what stops an upload
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, _network_error()) as error:
         cause = _cause(error)
-        raise HubError(f"{repo}: {_sentence(cause or error, repo, revision)}") from error
+        raise HubError(f"{repo}: {_sentence(cause or error, repo, revision, left)}") from error
 
 
-def _sentence(error: BaseException, repo: str, revision: str | None) -> str:
+def _sentence(error: BaseException, repo: str, revision: str | None, left: str) -> str:
     from huggingface_hub import constants, errors
 
     where = endpoint()
     if isinstance(error, errors.HfHubHTTPError):
-        return _refusal(error, repo, revision)
+        return _refusal(error, repo, revision, left)
     if isinstance(error, errors.OfflineModeIsEnabled):
         return (
             f"no such file or directory; as a repository it is not in {constants.HF_HUB_CACHE},"
@@ -161,12 +176,12 @@ def _sentence(error: BaseException, repo: str, revision: str | None) -> str:
     if isinstance(error, _network_error()):
         return (
             f"{where} does not answer, or stops ({type(error).__name__}: {shown(str(error))}); "
-            "whole files are kept. Check the network and HF_ENDPOINT, and try again."
+            f"{left}. Check the network and HF_ENDPOINT, and try again."
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return (
-            f"no room left on the disk of {constants.HF_HUB_CACHE}; whole files are kept. Make "
-            "room, or set HF_HOME to another disk, and try again."
+            f"no room left on the disk of {constants.HF_HUB_CACHE}; {left}. Make room, "
+            "or set HF_HOME to another disk, and try again."
         )
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.filename or constants.HF_HUB_CACHE}: {error.strerror}. Check its rights."
@@ -176,7 +191,7 @@ def _sentence(error: BaseException, repo: str, revision: str | None) -> str:
     )
 
 
-def _refusal(error: HfHubHTTPError, repo: str, revision: str | None) -> str:
+def _refusal(error: HfHubHTTPError, repo: str, revision: str | None, left: str) -> str:
     from huggingface_hub import errors
 
     status, url = error.response.status_code, f"{endpoint()}/{repo}"
@@ -204,10 +219,10 @@ def _refusal(error: HfHubHTTPError, repo: str, revision: str | None) -> str:
             f"{_LOGIN}."
         )
     if status in (409, 412):
-        return f"changed while it was written to ({status}); nothing was published. Try again."
+        return f"changed while it was written to ({status}); {left}. Try again."
     wait = _asked_wait(error)
     if status in _PASSING:
         asked = f" and asks to wait {wait:.0f} s" if wait else ""
         what = "gets too many requests" if status == 429 else "is down"
-        return f"the hub {what} ({status}){asked}; what is downloaded stays. Try again later."
+        return f"the hub {what} ({status}){asked}; {left}. Try again later."
     return f"the hub refused ({status}: {shown(error.server_message or str(error))}). See {url}."

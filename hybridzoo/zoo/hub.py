@@ -38,7 +38,7 @@ _ROOM_LEFT = 2**26
 
 
 @dataclass(frozen=True)
-class _Listed:
+class Listed:
     """What the hub lists of a file: bytes, and the SHA-256 of a large or the git id of a small."""
 
     size: int
@@ -109,7 +109,7 @@ def fetch(
         if found is not None:
             return found
     try:
-        commit, listed = _listing(repo, revision)
+        commit, listed = listing(repo, revision)
     except HubError as error:
         is_lost = target is None and client.is_out_of_reach(error)
         found = cached(repo, revision, only_config=only_config) if is_lost else None
@@ -140,24 +140,33 @@ def _target(directory: str | Path) -> Path:
     return path
 
 
-def _listing(repo: str, revision: str | None) -> tuple[str, dict[str, _Listed]]:
-    """The commit that a revision is now, and its files."""
+def listing(repo: str, revision: str | None, **options: Any) -> tuple[str, dict[str, Listed]]:
+    """The commit that a revision is now, and its files.
+
+    Args:
+        repo: owner/name.
+        revision: a branch, tag or commit; None is main.
+        options: of client.ask.
+
+    Raises:
+        HubError: as of client.ask, or a file's name leads out of the directory.
+    """
     from huggingface_hub.hf_api import RepoFile
 
     hub = client.api()
 
-    def read() -> tuple[str, dict[str, _Listed]]:
+    def read() -> tuple[str, dict[str, Listed]]:
         commit = hub.model_info(repo, revision=revision).sha or ""
         if not COMMIT.fullmatch(commit):
             raise ValueError(f"commit {commit!r}")
         tree = hub.list_repo_tree(repo, recursive=True, revision=commit)
         files = [f for f in tree if isinstance(f, RepoFile)]
         return commit, {
-            f.path: _Listed(f.lfs.size, f.lfs.sha256) if f.lfs else _Listed(f.size, f.blob_id)
+            f.path: Listed(f.lfs.size, f.lfs.sha256) if f.lfs else Listed(f.size, f.blob_id)
             for f in files
         }
 
-    commit, listed = client.ask(repo, revision, read)
+    commit, listed = client.ask(repo, revision, read, **options)
     for name in listed:
         if name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts:
             raise HubError(
@@ -187,7 +196,7 @@ def _wanted(repo: str, listed: Collection[str], pickles: bool) -> set[str]:
     return names if has_weights else names | pickled
 
 
-def _check_room(repo: str, files: Mapping[str, _Listed], target: Path | None) -> None:
+def _check_room(repo: str, files: Mapping[str, Listed], target: Path | None) -> None:
     """Refuse what the disk cannot hold; files that are here already need nothing."""
     place = target or storage(repo)
     need = 0
@@ -205,7 +214,7 @@ def _check_room(repo: str, files: Mapping[str, _Listed], target: Path | None) ->
 
 
 def _get(
-    repo: str, commit: str, files: Mapping[str, _Listed], target: Path | None, progress: Progress
+    repo: str, commit: str, files: Mapping[str, Listed], target: Path | None, progress: Progress
 ) -> Path:
     """Download and check these files; their directory."""
     from huggingface_hub import snapshot_download
@@ -219,8 +228,7 @@ def _get(
             tqdm_class=_bars(progress),
         )
 
-    with client.bounded_waits():
-        path = Path(client.ask(repo, commit, run))
+    path = Path(client.ask(repo, commit, run))
     check(repo, commit, path, {name: file.oid for name, file in files.items()}, progress)
     return path
 

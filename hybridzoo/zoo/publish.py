@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from hybridzoo.checkpoint import read_config, save
 from hybridzoo.checkpoint.golden import plain_files
-from hybridzoo.checkpoint.io import GOLDEN, INDEX_FILE, SUMS
+from hybridzoo.checkpoint.io import COMMITTED, GOLDEN, INDEX_FILE, SUMS, finish_save, locked
 from hybridzoo.checkpoint.reader import resolve
 from hybridzoo.checkpoint.verify import verify
 from hybridzoo.errors import CheckpointError, ConfigError, HubError
 from hybridzoo.options import shown
 from hybridzoo.zoo import client
-from hybridzoo.zoo.cache import PICKLED, WEIGHTS, is_pickle
-from hybridzoo.zoo.card import Card, FrontMatter
+from hybridzoo.zoo.cache import PICKLED, WEIGHTS, content_id, is_pickle
+from hybridzoo.zoo.card import check_licence, make_card
+from hybridzoo.zoo.hub import listing
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, ModelInfo
@@ -51,6 +51,7 @@ _SECRETS = {
 _MAX_TEXT = 2**25
 # of an earlier version, these would be taken for parts of the new one
 _STALE = (WEIGHTS, INDEX_FILE, GOLDEN, SUMS, PICKLED, "pytorch_model.bin.index.json")
+_ask = partial(client.ask, left="nothing was published")
 
 
 @dataclass(frozen=True)
@@ -92,29 +93,18 @@ def publish(
         private: only its owner sees the repository; a public one is refused then.
         dry_run: check everything, ask the hub nothing and upload nothing.
         revision: the branch, made if missing; None is main.
-        license: where there is no card, write one of this licence (the hub's id, as apache-2.0)
-            into the directory.
+        license: the hub's id of it, as apache-2.0; for a card that is written where there is none.
         message: of the commit.
 
     Raises:
         ConfigError: repo is not owner/name.
-        CheckpointError: a pickle, a secret, no card, or a check of `verify` that fails.
+        CheckpointError: a pickle, a secret, no card or one of another licence, or a check of
+            `verify` that fails.
         HubError: the hub cannot be reached or refuses.
     """
     _check_repo(repo)
     directory = Path(directory)
-    names = plain_files(directory) if directory.is_dir() else []
-    if (directory / SUMS).is_file():
-        names.append(SUMS)
-    everything = sorted(p.name for p in directory.iterdir()) if directory.is_dir() else []
-    left_out = [name for name in everything if name not in names]
-    for name in everything:
-        _refuse_name(directory / name)
-    for name in names:
-        _refuse_content(resolve(directory, name))
-    failed = [f for f in verify(directory, only=_CHEAP) if f.status == "failed"]
-    if failed:
-        raise CheckpointError(f"not published: {failed[0].detail}")
+    names, left_out = _checked(directory)
     files = {name: (directory / name).stat().st_size for name in names}
     if README not in names:
         if license is None:
@@ -122,12 +112,12 @@ def publish(
                 f"{directory / README}: missing; a published model has a card with its licence. "
                 "Write one, or have one written: --license apache-2.0, if that is the licence."
             )
-        card = _card(directory, repo, license)
+        card = make_card(read_config(directory), repo, license).render()
         if not dry_run:
             (directory / README).write_text(card, encoding="utf-8")
         files[README] = len(card.encode())
     else:
-        _check_card(directory / README)
+        check_licence(directory / README, license)
     plan = Published(repo, dict(sorted(files.items())), left_out, private, [])
     return plan if dry_run else _upload(directory, plan, revision, message)
 
@@ -163,6 +153,27 @@ def _check_repo(repo: str) -> None:
         raise ConfigError(f"{shown(repo)}: not a repository's name; it is owner/name. Write both.")
 
 
+def _checked(directory: Path) -> tuple[list[str], list[str]]:
+    """The files that may go up, and what else lies there; refuses what may not."""
+    if (directory / COMMITTED).is_dir():
+        # a save was cut: the checks would read its files there, and the upload those they replace
+        with locked(directory, "saving to"):
+            finish_save(directory)
+    names = plain_files(directory) if directory.is_dir() else []
+    if (directory / SUMS).is_file():
+        names.append(SUMS)
+    everything = sorted(p.name for p in directory.iterdir()) if directory.is_dir() else []
+    left_out = [name for name in everything if name not in names]
+    for name in everything:
+        _refuse_name(directory / name)
+    for name in names:
+        _refuse_content(resolve(directory, name))
+    failed = [f for f in verify(directory, only=_CHEAP) if f.status == "failed"]
+    if failed:
+        raise CheckpointError(f"not published: {failed[0].detail}")
+    return names, left_out
+
+
 def _refuse_name(path: Path) -> None:
     if is_pickle(path.name):
         raise CheckpointError(
@@ -195,36 +206,6 @@ def _refuse_content(path: Path) -> None:
                     )
 
 
-def _check_card(path: Path) -> None:
-    head, fence, _ = path.read_text(encoding="utf-8").removeprefix("---\n").partition("\n---")
-    try:
-        front = yaml.safe_load(head) if fence else None
-    except yaml.YAMLError as error:
-        front = " ".join(str(error).split())
-    if not isinstance(front, dict) or not front.get("license"):
-        raise CheckpointError(
-            f"{path}: no licence in its front matter ({shown(front)}); the hub shows that. "
-            "Begin the card with a line of ---, a line such as license: apache-2.0, and ---."
-        )
-
-
-def _card(directory: Path, repo: str, license: str) -> str:
-    config = read_config(directory)
-    kinds = {branch.config.kind for place in config.places for branch in place}
-    front = FrontMatter(
-        license=license,
-        library_name="hybridzoo",
-        pipeline_tag="text-generation",
-        tags=tuple(sorted(kinds)),
-    )
-    body = (
-        f"# {config.name}\n\nA hybrid language model of hybridzoo: `{config.pattern}`, "
-        f"{config.n_params():,} parameters, d_model {config.d_model}.\n\n## Use\n\n"
-        f'```python\nimport hybridzoo\n\nmodel = hybridzoo.load("{repo}")\n```\n'
-    )
-    return Card(front, body).render()
-
-
 def _upload(
     directory: Path, plan: Published, revision: str | None, message: str | None
 ) -> Published:
@@ -235,38 +216,59 @@ def _upload(
             f"{plan.repo}: HF_HUB_OFFLINE is set; to publish, the hub has to be asked. Unset it."
         )
     repo, hub = plan.repo, client.api()
-    client.ask(repo, revision, lambda: hub.create_repo(repo, private=plan.private, exist_ok=True))
+    _ask(repo, revision, lambda: hub.create_repo(repo, private=plan.private, exist_ok=True))
     is_private = _check_visibility(hub, plan)
     if revision is not None:
-        client.ask(repo, revision, lambda: hub.create_branch(repo, branch=revision, exist_ok=True))
-    now: ModelInfo = client.ask(repo, revision, lambda: hub.model_info(repo, revision=revision))
+        _ask(repo, revision, lambda: hub.create_branch(repo, branch=revision, exist_ok=True))
+    now: ModelInfo = _ask(repo, revision, lambda: hub.model_info(repo, revision=revision))
     there = [s.rfilename for s in now.siblings or ()]
-    removed = [
-        name
-        for name in there
-        if name not in plan.files and any(fnmatchcase(name, form) for form in _STALE)
-    ]
-    operations: list[Any] = [CommitOperationDelete(name) for name in removed]
-    operations += [CommitOperationAdd(name, directory / name) for name in plan.files]
+    stale = {name for form in _STALE for name in fnmatch.filter(there, form)}
+    removed = sorted(stale - plan.files.keys())
+    plan = replace(plan, private=is_private, removed=removed)
+    files = [CommitOperationAdd(name, directory / name) for name in plan.files]
+
+    def upload() -> None:
+        hub.preupload_lfs_files(repo, files, revision=revision, free_memory=False)
 
     def commit() -> str:
         return hub.create_commit(
             repo,
-            operations,
+            [*(CommitOperationDelete(name) for name in removed), *files],
             commit_message=message or "Publish with hybridzoo",
             revision=revision,
             parent_commit=now.sha,
         ).oid
 
     with _storage_of(hub, repo, revision or "main"):
-        oid = client.ask(repo, revision, commit)
-    return Published(repo, plan.files, plan.left_out, is_private, removed, oid)
+        _ask(repo, revision, upload)
+        return replace(plan, commit=_committed(directory, plan, revision, commit))
+
+
+def _committed(
+    directory: Path, plan: Published, revision: str | None, commit: Callable[[], str]
+) -> str:
+    """The new commit's id; where its answer was lost on the way, as the branch has it."""
+    where = f"{client.endpoint()}/{plan.repo}/commits/{revision or 'main'}"
+    left = f"{where} shows whether this was published"
+    try:
+        return client.ask(plan.repo, revision, commit, left=left)
+    except HubError:
+        now, listed = listing(plan.repo, revision, left=left)
+        if listed.keys() & set(plan.removed):
+            raise
+        for name, size in plan.files.items():
+            there = listed.get(name)
+            if there is None or there.size != size:
+                raise
+            if content_id(directory / name, there.oid) != there.oid:
+                raise
+        return now
 
 
 def _check_visibility(hub: HfApi, plan: Published) -> bool:
     """Whether the repository is private; refuses what is public and should not be."""
     repo = plan.repo
-    is_private = bool(client.ask(repo, None, lambda: hub.model_info(repo)).private)
+    is_private = bool(_ask(repo, None, lambda: hub.model_info(repo)).private)
     if plan.private and not is_private:
         raise HubError(
             f"{repo}: is public already; what is published there all see. Pass --public "
@@ -290,7 +292,7 @@ def _storage_of(hub: HfApi, repo: str, revision: str) -> Iterator[None]:
         yield
         return
     url = f"{client.endpoint()}/api/models/{repo}/xet-write-token/{revision}"
-    answer = client.ask(repo, revision, lambda: get_session().get(url, headers=build_hf_headers()))
+    answer = _ask(repo, revision, lambda: get_session().get(url, headers=build_hf_headers()))
     constants.HF_HUB_DISABLE_XET = answer.status_code == 404
     try:
         yield

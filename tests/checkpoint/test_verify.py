@@ -457,6 +457,24 @@ def test_seal_waits_for_no_other_save(sealed):
     assert {p: p.read_bytes() for p in sealed.iterdir()} == before
 
 
+def test_seal_is_of_a_save_that_was_cut_after_its_commit(sealed, monkeypatch):
+    replace = os.replace
+
+    def cut(start, end):
+        if Path(end) == sealed / WEIGHTS:
+            raise KeyboardInterrupt
+        replace(start, end)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", cut)
+        with pytest.raises(KeyboardInterrupt):
+            save(make_model(make_config(vocab_size=260), seed=9), sealed)
+    assert (sealed / ".saved" / WEIGHTS).is_file()
+    seal(sealed)
+    assert not (sealed / ".saved").exists()
+    assert statuses(verify(sealed)) == dict.fromkeys(CHECKS, "ok")
+
+
 def test_name_that_a_list_of_sums_cannot_hold_is_refused(sealed):
     (sealed / "a\nb").write_text("")
     with pytest.raises(CheckpointError, match=r"a file's name \('a\\nb'\)"):

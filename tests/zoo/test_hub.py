@@ -141,7 +141,20 @@ FAULTS = {
         _answer("GET", FILE, 429, headers={"Retry-After": "3600"}),
         r"too many requests \(429\) and asks to wait 3600 s",
     ),
-    "down": (_answer("GET", INFO, 503), r"the hub is down \(503\)"),
+    "busy for an hour with the listing": (
+        _answer("GET", "/tree/", 429, headers={"Retry-After": "3600"}),
+        r"too many requests \(429\) and asks to wait 3600 s",
+    ),
+    "busy for minutes in the words of the hub": (
+        _answer("GET", FILE, 429, headers={"RateLimit": '"resolvers";r=0;t=290'}),
+        r"too many requests \(429\) and asks to wait 290 s",
+    ),
+    # which of the two the client obeys
+    "busy for minutes, said twice": (
+        _answer("GET", FILE, 429, headers={"RateLimit": '"api";r=0;t=290', "Retry-After": "2"}),
+        r"too many requests \(429\) and asks to wait 290 s",
+    ),
+    "down": (_answer("GET", INFO, 503), r"the hub is down \(503\); whole files are kept"),
     "down for a file": (_answer("GET", FILE, 503), r"the hub is down \(503\)"),
     "a web page": (
         _answer("GET", INFO, 200, body=b"<html>log in to the hotel's network"),
@@ -217,10 +230,11 @@ def test_fault_is_one_sentence_and_the_next_download_is_right(
 def test_busy_hub_is_asked_again_as_late_as_it_wants(server, files, waits):
     server.add(REPO, files)
     server.fail("GET", INFO, 1, status=429, headers={"Retry-After": "7"})
+    server.fail("GET", INFO, 1, status=429, headers={"RateLimit": '"api";r=0;t=9'})
     server.fail("GET", INFO, 2, status=503)
     hub.download(REPO)
-    # 7 as it says; then 2 and 4, each time twice as long
-    assert [s for s in waits if s >= 2] == [7.0, 2.0, 4.0]
+    # 7 and 9 as it says; then 4 and 8, each time twice as long
+    assert [s for s in waits if s >= 2] == [7.0, 9.0, 4.0, 8.0]
 
 
 def test_file_that_fails_for_a_moment_is_asked_for_again(server, files, waits):
@@ -264,7 +278,13 @@ def test_main_that_moves_meanwhile_is_served_as_it_was_listed(server, files):
     assert {p.name: p.read_bytes() for p in got.path.iterdir()} == files
 
 
-def test_what_is_here_is_not_fetched_and_not_hashed_again(server, files, monkeypatch):
+@pytest.mark.parametrize("is_link", [False, True])
+def test_what_is_here_is_not_fetched_and_not_hashed_again(
+    server, files, monkeypatch, tmp_path, is_link
+):
+    if is_link:
+        (tmp_path / "disk").mkdir()
+        Path(constants.HF_HUB_CACHE).symlink_to(tmp_path / "disk")
     commit = server.add(REPO, files)
     first = hub.fetch(REPO)
     server.requests.clear()
@@ -275,7 +295,7 @@ def test_what_is_here_is_not_fetched_and_not_hashed_again(server, files, monkeyp
     assert server.count("GET", "/resolve/") == 0
     # a commit cannot move: nobody is asked
     server.requests.clear()
-    assert hub.fetch(REPO, revision=commit).path == first.path
+    assert hub.fetch(REPO, revision=commit).path.samefile(first.path)
     assert server.requests == []
 
 
@@ -300,6 +320,32 @@ def test_what_another_tool_left_in_the_cache_is_checked_too(server, files, monke
     snapshot_download(REPO)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert torch.equal(load(REPO).embed.weight, model().embed.weight)
+
+
+def test_what_another_tool_downloaded_is_hashed_once(server, files, monkeypatch):
+    commit = server.add(REPO, files)
+    snapshot_download(REPO)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hashed = []
+    monkeypatch.setattr(cache, "digest", lambda path, *_: hashed.append(path.name) or digest(path))
+
+    def read_only(*_):
+        raise PermissionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_replace", read_only)
+        load(REPO)
+    load(REPO)
+    assert hashed.count(WEIGHTS) == 2
+    load(REPO)
+    assert hashed.count(WEIGHTS) == 2
+    # the other tool may have left files out: online the hub is asked whether it did
+    assert cache.cached(REPO, commit, noted=True) is None
+    blob = (cache.cached(REPO).path / WEIGHTS).resolve()
+    blob.chmod(0o644)
+    blob.write_bytes(flipped(files[WEIGHTS]))
+    with pytest.raises(HubError, match=f"{WEIGHTS} is not what the hub says"):
+        load(REPO)
 
 
 def test_cache_is_the_one_that_other_tools_read(server, files, monkeypatch):
@@ -432,6 +478,24 @@ def test_config_alone_is_enough_for_info(server, files, run):
     assert out.startswith("small  MA\n")
     assert server.count("GET", "/resolve/") == 1
     assert find_config(REPO) == HybridConfig.from_dict(CONFIG)
+
+
+def test_config_alone_leaves_a_whole_download_in_its_place(server, files, monkeypatch):
+    first = server.add(REPO, files)
+    assert hub.fetch(REPO, only_config=True).commit == first
+    second = server.add(REPO, {**files, "NOTICE": b"second"})
+    assert hub.fetch(REPO, only_config=True).commit == second
+    with monkeypatch.context() as patch:
+        # nothing whole was here: the newest is what is known
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert hub.fetch(REPO, only_config=True).commit == second
+    hub.download(REPO)
+    third = server.add(REPO, {**files, "NOTICE": b"third"})
+    assert hub.fetch(REPO, only_config=True).commit == third
+    assert cache.cached(REPO).commit == second
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert hub.fetch(REPO).commit == second
+    assert torch.equal(load(REPO).embed.weight, model().embed.weight)
 
 
 def test_published_model_is_called_by_its_repository(server, tmp_path):

@@ -1,13 +1,18 @@
 """Publishing: what goes up, to whom, and what never does."""
 
 import json
+import math
+import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import constants
 
 from hybridzoo import HybridConfig, HybridLM, load
+from hybridzoo.checkpoint import save
+from hybridzoo.checkpoint.io import locked
 from hybridzoo.comm import Axis, Parallel
 from hybridzoo.errors import CheckpointError, ConfigError, HubError
 from hybridzoo.zoo.card import Card
@@ -117,6 +122,41 @@ def test_model_that_fails_a_check_stays_here(server, source):
     assert server.requests == []
 
 
+def test_model_with_a_value_that_is_no_number_stays_here(server, source):
+    model = HybridLM(HybridConfig.from_dict(CONFIG), seed=5)
+    with torch.no_grad():
+        model.embed.weight[0, 0] = math.nan
+    save(model, source)
+    with pytest.raises(
+        CheckpointError, match=r"^not published: .*embed\.weight has 1 NaN and 0 Inf"
+    ):
+        publish(source, REPO)
+    assert server.requests == []
+
+
+def test_save_that_was_cut_goes_up_as_it_was_checked(server, source, monkeypatch):
+    replace, model = os.replace, HybridLM(HybridConfig.from_dict(CONFIG), seed=6)
+
+    def cut(start, end):
+        if Path(end) == source / "model.safetensors":
+            raise KeyboardInterrupt
+        replace(start, end)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", cut)
+        with pytest.raises(KeyboardInterrupt):
+            save(model, source)
+    assert (source / ".saved" / "model.safetensors").is_file()
+    with (
+        locked(source, "saving to"),
+        pytest.raises(CheckpointError, match="another process is saving to it"),
+    ):
+        publish(source, REPO)
+    assert server.requests == []
+    publish(source, REPO)
+    assert torch.equal(load(REPO).embed.weight, model.embed.weight)
+
+
 def test_card_says_the_licence_or_is_written(server, source):
     (source / "README.md").write_text("# small\n")
     (source / "SHA256SUMS").unlink()
@@ -131,7 +171,11 @@ def test_card_says_the_licence_or_is_written(server, source):
     assert card.front.tags == ("attention", "mamba1")
     assert f'load("{REPO}")' in card.body
     # what is there is not written over
-    assert publish(source, REPO, license="apache-2.0").commit
+    assert publish(source, REPO, license="mit").commit
+    with pytest.raises(
+        CheckpointError, match=r"README\.md: its licence is 'mit', not 'apache-2\.0'; .*leave out"
+    ):
+        publish(source, REPO, license="apache-2.0", dry_run=True)
     assert Card.read(source / "README.md").front.license == "mit"
 
 
@@ -161,12 +205,13 @@ def test_branch_is_made_and_main_stays(server, source, run):
     assert load(REPO, revision="next").config.name == "small"
 
 
+WHETHER = rf"; http://\S+/{REPO}/commits/main shows whether this was published\. Try again"
 FAULTS = {
     "moved meanwhile": (
         lambda server, patch: server.fail(
             "POST", "/commit/", then=lambda: server.add(REPO, {"other": b""})
         ),
-        r"changed while it was written to \(412\); nothing was published",
+        r"changed while it was written to \(412\)" + WHETHER,
     ),
     "no token": (lambda server, patch: patch.delenv("HF_TOKEN"), r"\(401: .*[Ll]og in with|log in"),
     "read-only token": (
@@ -179,11 +224,21 @@ FAULTS = {
     ),
     "dead endpoint": (
         lambda server, patch: patch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9"),
-        r"does not answer, or stops",
+        r"does not answer, or stops .*; nothing was published\.",
     ),
     "down": (
         lambda server, patch: server.fail("POST", "/commit/", 99, status=503),
-        r"the hub is down \(503\)",
+        r"the hub is down \(503\)" + WHETHER,
+    ),
+    "storage down": (
+        lambda server, patch: server.fail("PUT", "/lfs/", 99, status=503),
+        r"the hub is down \(503\); nothing was published\. Try again",
+    ),
+    "storage busy for an hour": (
+        lambda server, patch: server.fail(
+            "PUT", "/lfs/", 99, status=429, headers={"Retry-After": "3600"}
+        ),
+        r"too many requests \(429\) and asks to wait 3600 s; nothing was published",
     ),
     "storage full": (
         lambda server, patch: server.fail("PUT", "/lfs/", 99, status=507),
@@ -204,8 +259,46 @@ def test_fault_is_one_sentence_and_the_next_publication_is_whole(
     (sentence,) = [line for line in err.splitlines() if line.startswith("hybridzoo: ")]
     assert re.search(message, sentence), sentence
     assert "model.safetensors" not in server.files(REPO)
+    assert max(waits, default=0) <= 120
     server.faults.clear()
     publish(source, REPO)
+    assert {name: server.files(REPO)[name] for name in files} == files
+
+
+# of an earlier version
+STALE = {"model-00001-of-00002.safetensors": b""}
+
+
+def test_commit_whose_answer_was_lost_is_found(server, source, files, waits):
+    server.add(REPO, STALE, private=True)
+    server.fail("POST", "/commit/", 1, status=504, lost=True)
+    found = publish(source, REPO)
+    repo = server.repos[REPO]
+    assert found.commit == repo.refs["main"]
+    assert found.removed == list(STALE)
+    assert len(repo.trees) == 2
+    assert server.files(REPO) == files
+
+
+def test_commit_is_not_found_in_what_another_wrote(server, source, files, waits):
+    flipped = files["config.json"][::-1]
+    for other in ({"config.json": flipped}, {"README.md": b"other"}, STALE):
+        server.add(REPO, STALE, private=True)
+        tree = {**files, **other}
+        server.fail("POST", "/commit/", then=lambda tree=tree: server.add(REPO, tree))
+        with pytest.raises(HubError, match=r"\(412\)" + WHETHER):
+            publish(source, REPO)
+
+
+def test_commit_that_may_have_landed_is_not_denied(server, source, files, waits):
+    server.add(REPO, {"README.md": b"before"}, private=True)
+
+    def go_away():
+        server.fail("GET", "/api/models/", 99, status=503)
+
+    server.fail("POST", "/commit/", 1, status=504, lost=True, then=go_away)
+    with pytest.raises(HubError, match=r"the hub is down \(503\)" + WHETHER):
+        publish(source, REPO)
     assert {name: server.files(REPO)[name] for name in files} == files
 
 
