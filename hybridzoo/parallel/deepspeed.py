@@ -7,10 +7,13 @@ import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from hybridzoo.comm import Parallel
@@ -35,6 +38,7 @@ class DataEngine(Engine):
         recipe: of the run, which the ranks can run.
     """
 
+    # until an engine's first step
     _has_checked = False
 
     def _setup(self) -> None:
@@ -236,14 +240,29 @@ def start(
 ) -> tuple[Any, Any]:
     """DeepSpeed's engine around a module, and the torch optimizer within it."""
     deepspeed = load(next(module.parameters()).device)
-    engine, made, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=optimizer,
-        config=ds_config.build(recipe, parallel.dp.world),
-        mpu=Mpu(parallel),
-        dist_init_required=False,
-    )
+    with limited(recipe):
+        engine, made, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            config=ds_config.build(recipe, parallel.dp.world),
+            mpu=Mpu(parallel),
+            dist_init_required=False,
+        )
     return engine, getattr(made, "optimizer", made)
+
+
+@contextmanager
+def limited(recipe: Recipe) -> Iterator[None]:
+    """Process groups that are made until the block ends give up after the recipe's time.
+
+    DeepSpeed makes its own without a limit; torch would take 10 minutes (NCCL) or 30 (gloo).
+    """
+    known = dist.new_group
+    dist.new_group = partial(known, timeout=timedelta(seconds=recipe.parallel.timeout_s))
+    try:
+        yield
+    finally:
+        dist.new_group = known
 
 
 def load(device: torch.device) -> ModuleType:
@@ -257,7 +276,7 @@ def load(device: torch.device) -> ModuleType:
     # torch 2.13's new names for collectives, which DeepSpeed does not use yet
     warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
     if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     return deepspeed
 
 

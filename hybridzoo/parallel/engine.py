@@ -181,6 +181,12 @@ def initialize(config_or_model: HybridConfig | HybridLM, recipe: Recipe) -> Engi
         check(model.config, recipe)
     if not torch.distributed.is_initialized():
         return Engine(model, recipe)
+    if model.device.type != pick_device(recipe).type:
+        raise ConfigError(
+            f"device: the model is on {model.device}, and the recipe's {recipe.device} is "
+            f"{pick_device(recipe)}; ranks talk by their device. Move it, or set device: "
+            f"{model.device.type}."
+        )
     if model.parallel.pp.world == 1:
         from hybridzoo.parallel.deepspeed import DataEngine
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from hybridzoo.model import HybridLM
 from hybridzoo.parallel import ds_config, optim
-from hybridzoo.parallel.deepspeed import DataEngine, link_slots, load
+from hybridzoo.parallel.deepspeed import DataEngine, limited, link_slots, load
 from hybridzoo.parallel.engine import Engine, Outcome
 from hybridzoo.parallel.loss import IGNORE, Batch, loss, sequence
 from hybridzoo.parallel.norm import over, tag
@@ -24,7 +25,7 @@ class PipelineEngine(DataEngine):
 
     Only the residual stream travels: every stage knows the batches, and what its layers add to the
     loss gets its gradient there. What several stages hold (a tied embedding, shared layers) gets
-    the sum of their gradients, so the copies stay equal.
+    the same bits of gradient on all of them, so the copies stay equal.
 
     Args:
         model: one stage; parameters that other stages hold too are the same there.
@@ -39,7 +40,7 @@ class PipelineEngine(DataEngine):
         # a stream is sent whole: with sequence_parallel it differs between the ranks of tp
         whole = {"pipeline": {"pipe_partitioned": False, "grad_partitioned": False}}
         # it tells of seeds and topology on stdout, which is the caller's
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr), limited(recipe):
             self.engine, made, *_ = deepspeed.initialize(
                 model=_piped(self.part),
                 optimizer=optim.build_optimizer(self.model, recipe),
@@ -175,34 +176,71 @@ def _piped(part: _Part) -> nn.Module:
             self.parts = list(range(pp.world + 1))
             self._set_bounds(pp.rank, pp.rank + 1)
 
-        def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
-            return [(p, group) for p, group, _ in copies]
+        def get_tied_weights_and_groups(self) -> list[Any]:
+            # DeepSpeed asks right before it averages gradients over dp, to sum these over the
+            # stages of each data-parallel rank alone
+            for copy in copies:
+                copy.sum_grad()
+            return []
 
     topology = PipeModelDataParallelTopology(pp.world, parallel.tp.world, parallel.dp.world)
     module = Piped([part if i == pp.rank else None for i in range(pp.world)], topology=topology)
-    for parameter, _, is_first in copies:
-        # the norm counts one of the copies
-        parameter.ds_pipe_replicated = not is_first
+    for copy in copies:
+        # the norm counts one of them
+        copy.parameter.ds_pipe_replicated = not copy.is_first
     return module
 
 
-def _copies(model: HybridLM) -> list[tuple[nn.Parameter, Any, bool]]:
-    """The trained parameters that other stages hold too, in one order on all of them.
+@dataclass(frozen=True)
+class _Copy:
+    """A trained parameter that other stages hold too.
 
-    Each with the group of its holders and whether this stage is the first of them. All ranks call
-    it, for all take part in making every group.
+    Attributes:
+        parameter: this stage's.
+        group: the ranks whose gradients it gets, of all stages that hold it and of dp.
+        is_first: whether this stage is the first of those.
+        keeps: whether this rank brings their sum to the average over dp; one of each stage does.
     """
-    pp, mine = model.parallel.pp, {n: names for n, p, names in model.local_names() if p.trained}
+
+    parameter: nn.Parameter
+    group: Any
+    is_first: bool
+    keeps: bool
+
+    def sum_grad(self) -> None:
+        """Give all stages the same bits, and leave nothing to add to the average over dp.
+
+        Each stage averages by itself: three or more numbers are added in an order that depends on
+        where they lie in its buffer, so copies would drift apart. An all-reduce gives one result to
+        all ranks; zeros added to it change nothing in any order.
+        """
+        dist.all_reduce(self.parameter.grad, group=self.group)
+        if not self.keeps:
+            self.parameter.grad.zero_()
+
+
+def _copies(model: HybridLM) -> list[_Copy]:
+    """The copies that this stage holds, in one order on all stages.
+
+    All ranks call it, for all take part in making every group.
+    """
+    parallel, found, groups = model.parallel, [], {}
+    pp, me = parallel.pp, dist.get_rank()
+    mine = {name: names for name, p, names in model.local_names() if p.trained}
     held: list[list[str]] = [[] for _ in range(pp.world)]
     dist.all_gather_object(held, list(mine), group=pp.group)
-    # a rank's number counts along (pp, dp, tp): one column a pipeline
-    ranks, groups, found = torch.arange(dist.get_world_size()).view(pp.world, -1), {}, []
-    for name, _ in model.config.params():
+    for name, p in model.config.params():
         holders = tuple(i for i, names in enumerate(held) if name in names)
-        if len(holders) > 1 and holders not in groups:
-            made = [dist.new_group(column) for column in ranks[list(holders)].T.tolist()]
-            groups[holders] = made[dist.get_rank() % ranks.shape[1]]
-        if len(holders) > 1 and name in mine:
-            parameters = map(model.get_parameter, mine[name].values())
-            found += [(p, groups[holders], pp.rank == holders[0]) for p in parameters]
+        if len(holders) < 2:
+            continue
+        # of so many data-parallel ranks in a row each has other numbers
+        n = parallel.ep.world if p.experts else 1
+        if (holders, n) not in groups:
+            # a rank's number counts along (pp, dp, tp): one column a group
+            ranks = torch.arange(dist.get_world_size()).view(pp.world, -1, n * parallel.tp.world)
+            columns = ranks[list(holders)].flatten(0, 1).T.tolist()
+            groups[holders, n] = [dist.new_group(c) for c in columns][me % len(columns)]
+        for parameter in map(model.get_parameter, mine.get(name, {}).values()):
+            is_first, keeps = pp.rank == holders[0], parallel.dp.rank < n
+            found.append(_Copy(parameter, groups[holders, n], is_first, keeps))
     return found

@@ -158,3 +158,13 @@ def test_four_ranks_train_as_one_process(spread):
 def test_pipeline_stages_share_experts_as_one_process(pattern, zero_stage):
     config = make_config(pattern=pattern, layers=LAYERS, shared={}, layers_at={})
     check(20, config, dp=2, ep=2, pp=2, zero_stage=zero_stage)
+
+
+@SLOW
+@pytest.mark.parametrize(("dp", "zero_stage"), [(2, 0), (4, 1)])
+def test_pipeline_stages_hold_copies_of_experts(dp, zero_stage):
+    layers = {"A": LAYERS["A"], "S": {"shared": "base"}}
+    config = make_config(
+        pattern="A S | A S", layers=layers, shared={"base": LAYERS["E"]}, layers_at={}
+    )
+    check(5, config, dp=dp, ep=2, pp=2, zero_stage=zero_stage)

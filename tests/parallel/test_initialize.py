@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _world
 
 from hybridzoo.errors import ConfigError
 from hybridzoo.parallel import Engine, ParallelRecipe, ds_config, ds_keys, initialize
@@ -62,6 +63,50 @@ def test_two_ranks_make_their_parts_of_a_config_and_train_them_as_one(layout):
         torch.testing.assert_close(losses, alone, rtol=1e-5, atol=0)
         assert kind == ("PipelineEngine" if layout == "pp" else "DataEngine")
         assert size == whole if layout == "dp" else size < whole
+
+
+def limits_on_a_rank(_, spread):
+    """The seconds after which each process group gives up that an engine's steps have made."""
+    os.environ["LOCAL_RANK"] = str(dist.get_rank())
+    known, make = set(_world.pg_map), dist.new_group
+    stepped(spread)
+    assert dist.new_group is make
+    backends = [g._get_backend(torch.device("cpu")) for g in set(_world.pg_map) - known]
+    return [backend.options._timeout.total_seconds() for backend in backends]
+
+
+@pytest.mark.parametrize("layout", ["pp", "ep"])
+def test_every_process_group_gives_up_after_the_recipes_time(layout):
+    for limits in gloo.run(2, limits_on_a_rank, LAYOUTS[layout] | {"timeout_s": 77}):
+        assert set(limits) == {77}
+        # beside those of our four axes DeepSpeed's own
+        assert len(limits) > 4
+
+
+def told_of_batches(_, spread):
+    """What a rank hears when each brings other sequences, and then when all bring the same."""
+    os.environ["LOCAL_RANK"] = str(dist.get_rank())
+    dp = 1 if {"tp", "pp"} & spread.keys() else 2
+    engine = initialize(jobs.CONFIG, jobs.recipe(dp, parallel=spread, device="cpu"))
+    said = []
+    for step in (dist.get_rank(), 2):
+        try:
+            engine.step(jobs.parts(step, 0, dp), 0.001)
+        except ConfigError as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.mark.parametrize("layout", ["tp", "pp"])
+def test_ranks_that_share_sequences_must_bring_the_same(layout):
+    said = gloo.run(2, told_of_batches, LAYOUTS[layout])
+    assert said[0] == said[1]
+    (sentence,) = said[0]
+    assert sentence.startswith("batches: ranks 0 and 1 brought different sequences; the tp and pp ")
+
+
+def test_data_parallel_ranks_bring_their_own_sequences():
+    assert gloo.run(2, told_of_batches, LAYOUTS["dp"]) == [[], []]
 
 
 def test_what_ranks_cannot_run_is_said_on_all():

@@ -255,6 +255,7 @@ def check(case, ranks, *, rtol=1e-5):
             grad, expected[name], rtol=10 * rtol, atol=rtol / 10, msg=lambda m, n=name: f"{n}: {m}"
         )
     # all copies are equal, after the last update too
+    whole(case, ranks, "moments")
     whole(case, ranks, "weights")
     return one
 
@@ -380,6 +381,17 @@ def test_weights_and_moments_move_to_another_engine(zero):
 def test_four_ranks(change):
     case = Case(**change)
     check(case, gloo.run(4, job, case))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [0, 1])
+def test_copies_on_six_ranks(zero):
+    """Of three numbers the order counts in which they are added.
+
+    It depends on where an element lies in a stage's buffer, so a small one would show nothing.
+    """
+    case = Case(pp=2, dp=3, pattern="A F S | A F S", zero=zero, more=(("vocab_size", 8192),))
+    check(case, gloo.run(6, job, case))
 
 
 @pytest.mark.slow
