@@ -25,6 +25,7 @@ from hybridzoo.parallel.engine import SLOTS, Engine, Outcome
 from hybridzoo.parallel.loss import IGNORE, Batch, loss
 from hybridzoo.parallel.norm import global_norm, over, tag
 from hybridzoo.parallel.recipe import Recipe
+from hybridzoo.parallel.replicas import level
 
 
 class DataEngine(Engine):
@@ -45,6 +46,7 @@ class DataEngine(Engine):
         recipe, self.stage = self.recipe, self.recipe.parallel.zero_stage
         load(self.device)
         tag(self.model)
+        level(self.model)
         self.engine, self.optimizer = start(
             Share(self), optim.build_optimizer(self.model, recipe), recipe, self.parallel
         )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from hybridzoo.comm import Axis, Parallel
+from hybridzoo.layers import Param
 from hybridzoo.model import HybridLM
 from hybridzoo.parallel import experts
 from hybridzoo.sharding import Replicate
@@ -20,12 +23,18 @@ def tag(model: HybridLM) -> None:
     experts.mark(model)
     tp = model.parallel.tp
     for _, declared, locals_ in model.local_names():
-        cut = declared.cut
-        pieces = {} if isinstance(cut, Replicate) else cut.pieces(next(iter(locals_)), tp.world)
         for piece, name in locals_.items():
-            units = {cut.parts[i].units for i in pieces.get(piece, ())}
+            counts = units(declared, piece, locals_, tp.world)
             parameter = model.get_parameter(name)
-            parameter.tensor_model_parallel = any(_is_first(tp, n) for n in units)
+            parameter.tensor_model_parallel = any(_is_first(tp, n) for n in counts)
+
+
+def units(declared: Param, piece: str, locals_: Mapping[str, str], tp: int) -> set[int]:
+    """How many units the cut parts of one of a parameter's pieces have; none where it is whole."""
+    cut = declared.cut
+    if isinstance(cut, Replicate):
+        return set()
+    return {cut.parts[i].units for i in cut.pieces(next(iter(locals_)), tp).get(piece, ())}
 
 
 def is_counted(parameter: nn.Parameter, tp: Axis) -> bool:

@@ -18,6 +18,7 @@ from hybridzoo.parallel.deepspeed import DataEngine, limited, link_slots, load
 from hybridzoo.parallel.engine import Engine, Outcome
 from hybridzoo.parallel.loss import IGNORE, Batch, loss, sequence
 from hybridzoo.parallel.norm import over, tag
+from hybridzoo.parallel.replicas import level
 
 
 class PipelineEngine(DataEngine):
@@ -36,6 +37,7 @@ class PipelineEngine(DataEngine):
         recipe, self.stage = self.recipe, self.recipe.parallel.zero_stage
         deepspeed = load(self.device)
         tag(self.model)
+        level(self.model)
         self.part, self._shape = _Part(self), torch.Size()
         # a stream is sent whole: with sequence_parallel it differs between the ranks of tp
         whole = {"pipeline": {"pipe_partitioned": False, "grad_partitioned": False}}

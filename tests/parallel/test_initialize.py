@@ -8,7 +8,9 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _world
 
 from hybridzoo.errors import ConfigError
+from hybridzoo.model import HybridLM
 from hybridzoo.parallel import Engine, ParallelRecipe, ds_config, ds_keys, initialize
+from hybridzoo.parallel.engine import join
 from tests import gloo
 from tests.models import make_model
 from tests.parallel import jobs
@@ -156,3 +158,18 @@ def test_ranks_with_different_recipes_are_refused(change, sentence):
 
 def test_hosts_may_spell_paths_apart():
     assert jobs.recipe(output="/a").values() == jobs.recipe(output="/b").values()
+
+
+def elsewhere(_):
+    """A model that lies where the ranks' tensors do not."""
+    os.environ["LOCAL_RANK"] = str(dist.get_rank())
+    given = jobs.recipe(2, device="cpu")
+    try:
+        initialize(HybridLM(jobs.CONFIG, parallel=join(given), device="meta"), given)
+    except ConfigError as error:
+        return str(error)
+
+
+def test_a_model_on_another_device_than_the_recipes_is_refused():
+    for said in gloo.run(2, elsewhere):
+        assert said.startswith("device: the model is on meta, and the recipe's cpu is cpu; ")

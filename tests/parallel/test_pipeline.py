@@ -221,15 +221,11 @@ def whole(case, ranks, what):
         slices = [r for r in ranks if r.place[:2] == rank.place[:2]]
         for name in getattr(rank, what):
             held = [getattr(r, what)[name] for r in slices]
-            cut = table[name].cut
-            full = cut.join(relative(held[0]), held)
-            if table[name].experts and case.ep > 1:
-                # one share of the experts a dp rank
-                found[name] = torch.cat([found[name], full]) if name in found else full
-            elif name in found:
-                assert torch.equal(found[name], full), name
-            found.setdefault(name, full)
-    return found
+            full = table[name].cut.join(relative(held[0]), held)
+            share = rank.place[1] % case.ep if table[name].experts else 0
+            known = found.setdefault(name, {}).setdefault(share, full)
+            assert torch.equal(known, full), name
+    return {name: torch.cat([s[i] for i in sorted(s)]) for name, s in found.items()}
 
 
 def check(case, ranks, *, rtol=1e-5):
