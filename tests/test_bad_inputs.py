@@ -316,7 +316,7 @@ def missing_recipe():
     return ["train", "recipe.yaml"]
 
 
-@case(1, r"folder: is a directory; a config is a \.yaml or \.json file")
+@case(1, r"folder: is a directory; a config or a recipe is a \.yaml or \.json file")
 def directory_instead_of_recipe():
     Path("folder").mkdir()
     return ["train", "folder"]
