@@ -46,7 +46,8 @@ class DataEngine(Engine):
         recipe, self.stage = self.recipe, self.recipe.parallel.zero_stage
         load(self.device)
         tag(self.model)
-        level(self.model)
+        with limited(recipe):
+            level(self.model)
         self.engine, self.optimizer = start(
             Share(self), optim.build_optimizer(self.model, recipe), recipe, self.parallel
         )

@@ -37,12 +37,12 @@ class PipelineEngine(DataEngine):
         recipe, self.stage = self.recipe, self.recipe.parallel.zero_stage
         deepspeed = load(self.device)
         tag(self.model)
-        level(self.model)
         self.part, self._shape = _Part(self), torch.Size()
         # a stream is sent whole: with sequence_parallel it differs between the ranks of tp
         whole = {"pipeline": {"pipe_partitioned": False, "grad_partitioned": False}}
         # it tells of seeds and topology on stdout, which is the caller's
         with redirect_stdout(sys.stderr), limited(recipe):
+            level(self.model)
             self.engine, made, *_ = deepspeed.initialize(
                 model=_piped(self.part),
                 optimizer=optim.build_optimizer(self.model, recipe),
@@ -216,9 +216,13 @@ class _Copy:
         where they lie in its buffer, so copies would drift apart. An all-reduce gives one result to
         all ranks; zeros added to it change nothing in any order.
         """
-        dist.all_reduce(self.parameter.grad, group=self.group)
+        grad = self.parameter.grad
+        if grad is None:
+            # unused on this stage; the others wait for it
+            grad = self.parameter.grad = torch.zeros_like(self.parameter)
+        dist.all_reduce(grad, group=self.group)
         if not self.keeps:
-            self.parameter.grad.zero_()
+            grad.zero_()
 
 
 def _copies(model: HybridLM) -> list[_Copy]:
@@ -228,7 +232,11 @@ def _copies(model: HybridLM) -> list[_Copy]:
     """
     parallel, found, groups = model.parallel, [], {}
     pp, me = parallel.pp, dist.get_rank()
-    mine = {name: names for name, p, names in model.local_names() if p.trained}
+    mine = {
+        name: names
+        for name, _, names in model.local_names()
+        if all(model.get_parameter(local).requires_grad for local in names.values())
+    }
     held: list[list[str]] = [[] for _ in range(pp.world)]
     dist.all_gather_object(held, list(mine), group=pp.group)
     for name, p in model.config.params():

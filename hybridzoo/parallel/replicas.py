@@ -32,9 +32,9 @@ def level(model: HybridLM) -> None:
     for _, declared, locals_ in model.local_names():
         for piece, name in locals_.items():
             is_copy = min(units(declared, piece, locals_, tp.world), default=0) < tp.world
-            if declared.trained and is_copy:
-                axis = axes[declared.experts]
-                model.get_parameter(name).register_hook(_summed(axis))
+            parameter = model.get_parameter(name)
+            if is_copy and parameter.requires_grad:
+                parameter.register_hook(_summed(axes[declared.experts]))
 
 
 def _summed(axis: Axis) -> Callable[[Tensor], Tensor]:

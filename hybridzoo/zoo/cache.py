@@ -184,15 +184,15 @@ def note(repo: str, commit: str, revision: str | None, names: Collection[str] | 
 
     Without names, where only some came, a revision of which all is here stays what it is.
     """
-    home = storage(repo)
-    if names is None:
-        if _here(repo, revision) is not None:
-            return
-    elif (files := {"files": sorted(names)}) != _notes(home, commit, _WHOLE):
-        _write_notes(home, commit, _WHOLE, files)
-    ref = home / "refs" / (revision or "main")
-    if revision != commit and not (ref.is_file() and ref.read_text() == commit):
-        _replace(ref, commit)
+    home, ref = storage(repo), storage(repo) / "refs" / (revision or "main")
+    if names is None and _here(repo, revision) is not None:
+        return
+    # a cache that may only be read serves as well
+    with suppress(OSError):
+        if names is not None and sorted(names) != _notes(home, commit, _WHOLE).get("files"):
+            _write_notes(home, commit, _WHOLE, {"files": sorted(names)})
+        if revision != commit and not (ref.is_file() and ref.read_text() == commit):
+            _replace(ref, commit)
 
 
 def names_among(files: Iterable[str]) -> set[str]:

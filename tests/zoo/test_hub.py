@@ -348,6 +348,17 @@ def test_what_another_tool_downloaded_is_hashed_once(server, files, monkeypatch)
         load(REPO)
 
 
+def test_a_cache_that_may_only_be_read_serves_while_the_hub_answers(server, files, monkeypatch):
+    server.add(REPO, files)
+    path = Path(snapshot_download(REPO))
+
+    def read_only(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(cache, "_replace", read_only)
+    assert hub.download(REPO) == path
+
+
 def test_cache_is_the_one_that_other_tools_read(server, files, monkeypatch):
     path = Path(server.add(REPO, files) and hub.download(REPO))
     server.requests.clear()
