@@ -218,7 +218,7 @@ class _Copy:
         """
         grad = self.parameter.grad
         if grad is None:
-            # unused on this stage; the others wait for it
+            # frozen, or unused on this stage: the others wait for it
             grad = self.parameter.grad = torch.zeros_like(self.parameter)
         dist.all_reduce(grad, group=self.group)
         if not self.keeps:
@@ -232,11 +232,7 @@ def _copies(model: HybridLM) -> list[_Copy]:
     """
     parallel, found, groups = model.parallel, [], {}
     pp, me = parallel.pp, dist.get_rank()
-    mine = {
-        name: names
-        for name, _, names in model.local_names()
-        if all(model.get_parameter(local).requires_grad for local in names.values())
-    }
+    mine = {name: names for name, p, names in model.local_names() if p.trained}
     held: list[list[str]] = [[] for _ in range(pp.world)]
     dist.all_gather_object(held, list(mine), group=pp.group)
     for name, p in model.config.params():
