@@ -72,7 +72,9 @@ def frozen(_, case):
 
 
 @pytest.mark.parametrize(
-    "change", [{"pp": 2, "tp": 1, "dp": 1, "pattern": "F S F | F S F"}, {"zero": 0}], ids=["pp", "tp"]
+    "change",
+    [{"pp": 2, "tp": 1, "dp": 1, "pattern": "F S F | F S F"}, {"zero": 0}],
+    ids=["pp", "tp"],
 )
 def test_what_a_user_froze_stays_out_of_it(change):
     case = Uneven(**change)
