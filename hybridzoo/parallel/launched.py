@@ -67,7 +67,10 @@ def run(
         # typer and torch.distributed put their own in its place
         sys.excepthook = end
     groups.finish()
-    sys.exit(code)  # type: ignore[arg-type]
+    if code is None or isinstance(code, int):
+        # all is done: threads of C++ that the interpreter's end does not wait for can abort it
+        _exit(code or 0)
+    sys.exit(str(code))
 
 
 def lose() -> NoReturn:
