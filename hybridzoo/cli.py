@@ -268,18 +268,21 @@ def doctor(device: Device = "auto", as_json: AsJson = False) -> None:
     import torch
 
     from hybridzoo import show
+    from hybridzoo.kernels import loader
     from hybridzoo.kernels.dispatch import explain
 
     place = parse_device(device)
-    rows = explain(place)
+    rows, sources = explain(place), loader.status(place)
     if as_json:
-        typer.echo(json.dumps([r._asdict() for r in rows], indent=2))
+        found = {"backends": [r._asdict() for r in rows], "cuda_sources": sources._asdict()}
+        typer.echo(json.dumps(found, indent=2))
         return
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else platform.machine()
     console = show.console()
     versions = f"python {platform.python_version()}, torch {torch.__version__}"
     console.print(f"{versions}, {place} ({name})", highlight=False)
     console.print(show.backends(rows))
+    console.print(show.cuda_sources(sources), highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

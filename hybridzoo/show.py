@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from hybridzoo.config import HybridConfig
     from hybridzoo.kernels.dispatch import Row
+    from hybridzoo.kernels.loader import Status
     from hybridzoo.tokenizer import Tokenizer
 
 _STATUS = {"ok": "green", "failed": "bold red", "not there": "dim", "not run": "yellow"}
@@ -70,6 +71,18 @@ def backends(rows: Iterable[Row]) -> Table:
         runs = "[green]chosen[/]" if r.chosen else "yes" if r.reason is None else "no"
         table.add_row(r.op, r.backend, runs, r.reason or "")
     return table
+
+
+def cuda_sources(status: Status) -> Text:
+    """One line: where the code of csrc comes from on this device, or why it does not run."""
+    if status.reason is not None:
+        return Text(f"CUDA sources: not used, {status.reason}")
+    ways = [f"packaged for {', '.join(status.packaged)}"] if status.packaged else []
+    if status.compiler:
+        kept = f"{status.n_cached} kernel{'' if status.n_cached == 1 else 's'}"
+        how = f"compiled at first use by NVRTC {status.compiler}, cached in {status.cache} ({kept})"
+        ways.append(how)
+    return Text(f"CUDA sources: {', else '.join(ways)}")
 
 
 def findings(found: Iterable[Any]) -> Table:

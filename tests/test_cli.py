@@ -16,7 +16,7 @@ from hybridzoo import HybridConfig, HybridLM, cli, list_models
 from hybridzoo.checkpoint import load
 from hybridzoo.describe import facts
 from hybridzoo.inference import generate as generation
-from hybridzoo.kernels import dispatch
+from hybridzoo.kernels import dispatch, loader, sources
 from tests.families import tiny
 
 ROOT = Path(cli.__file__).parents[1]
@@ -328,7 +328,48 @@ def test_doctor_has_a_row_a_backend_and_says_which_is_chosen(run):
         assert ("chosen" in line) == row.chosen
         assert row.reason is None or row.reason.split()[0] in line
     code, out, _ = run("doctor", "--device", "cpu", "--json")
-    assert json.loads(out) == [row._asdict() for row in rows]
+    assert json.loads(out)["backends"] == [row._asdict() for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("found", "sentence"),
+    [
+        (
+            (None, [], "13.0", "/c", 3),
+            "compiled at first use by NVRTC 13.0, cached in /c (3 kernels)",
+        ),
+        ((None, ["sm_80", "sm_90"], "", "/c", 0), "packaged for sm_80, sm_90"),
+        (
+            (None, ["sm_90"], "13.0", "/c", 1),
+            "packaged for sm_90, else compiled at first use by NVRTC 13.0, cached in /c (1 kernel)",
+        ),
+        (("there is no compiler", ["sm_90"], "", "/c", 1), "not used, there is no compiler"),
+    ],
+)
+def test_doctor_says_where_cuda_sources_are_compiled(run, monkeypatch, found, sentence):
+    monkeypatch.setattr(loader, "status", lambda device: loader.Status(*found))
+    code, out, err = run("doctor", "--device", "cpu")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-1] == f"CUDA sources: {sentence}"
+
+
+def test_doctor_counts_what_is_cached(run, monkeypatch, tmp_path):
+    # longer than the line that a pipe gets
+    folder = tmp_path / ("long " * 40)
+    monkeypatch.setenv("HYBRIDZOO_CACHE", str(folder))
+    for count in range(2):
+        out = run("doctor", "--device", "cpu", "--json")[1]
+        assert json.loads(out)["cuda_sources"] == {
+            "reason": "it needs CUDA, the tensors are on cpu",
+            "packaged": sources.packaged_archs(),
+            "compiler": sources.find_compiler().version,
+            "cache": f"{folder}/kernels",
+            "n_cached": count,
+        }
+        sources._write_cached("one.cubin", b"code")
+    monkeypatch.setattr(loader, "available", lambda device: None)
+    line = run("doctor", "--device", "cpu")[1].splitlines()[-1]
+    assert line.endswith(f"cached in {folder}/kernels (1 kernel)")
 
 
 # as a process

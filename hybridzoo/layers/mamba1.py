@@ -11,7 +11,9 @@ from torch import Tensor
 
 from hybridzoo.errors import ConfigError
 from hybridzoo.kernels.causal_conv1d import causal_conv1d
+from hybridzoo.kernels.causal_conv1d_step import causal_conv1d_step
 from hybridzoo.kernels.selective_scan import selective_scan
+from hybridzoo.kernels.selective_scan_step import selective_scan_step
 from hybridzoo.layers import init
 from hybridzoo.layers.base import Layer, LayerConfig, Param, Sequence, State, StateTensor
 from hybridzoo.layers.mlp import ACTIVATIONS, Activation
@@ -168,27 +170,48 @@ class Mamba1(Layer):
     def forward(self, x: Tensor, state: State | None, ctx: Sequence) -> Tensor:
         """(b, l, d) -> this rank's share of (b, l, d)."""
         x, z = self.project("in_proj", x, {})  # (b, l, i)
-        # the op fuses silu, which every released model uses
-        fused = "silu" if self.config.activation == "silu" else None
         # blank before the convolution, which reads neighbours, and after it, whose bias would
         # refill padding.
-        x, conv_state = causal_conv1d(
-            ctx.blank_padding(x), self.conv_weight, self.conv_bias, activation=fused,
-            cu_seqlens=ctx.cu_seqlens,
-            initial_state=state.get("conv_state", ctx) if state else None,
-        )  # fmt: skip
-        x = ctx.blank_padding(x if fused else ACTIVATIONS[self.config.activation](x))
+        x = ctx.blank_padding(self._convolve(ctx.blank_padding(x), state, ctx))
         dt, B, C = self._select(x)
+        return self.out_proj(self._scan(x, self.dt_proj(dt), B, C, z, state, ctx))
+
+    def _convolve(self, x: Tensor, state: State | None, ctx: Sequence) -> Tensor:
+        # the op fuses silu, which every released model uses
+        fused = "silu" if self.config.activation == "silu" else None
+        if state and ctx.is_step(x):
+            x = causal_conv1d_step(
+                x[:, 0], state.tensors["conv_state"], self.conv_weight, self.conv_bias,
+                activation=fused, slots=ctx.slots,
+            )[:, None]  # fmt: skip
+        else:
+            x, conv_state = causal_conv1d(
+                x, self.conv_weight, self.conv_bias, activation=fused, cu_seqlens=ctx.cu_seqlens,
+                initial_state=state.get("conv_state", ctx) if state else None,
+            )  # fmt: skip
+            if state:
+                state.set("conv_state", conv_state, ctx)
+        return x if fused else ACTIVATIONS[self.config.activation](x)
+
+    def _scan(
+        self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor,
+        state: State | None, ctx: Sequence,
+    ) -> Tensor:  # fmt: skip
+        options = {"D": self.D, "dt_bias": self.dt_bias, "dt_limit": self.config.dt_limit}
+        if state and ctx.is_step(x):
+            # the logarithms themselves: -exp of them would be two more kernels a token
+            return selective_scan_step(
+                x[:, 0], state.tensors["ssm_state"], dt[:, 0], self.A_log, B, C, A_is_log=True,
+                z=z[:, 0], dt_softplus=True, slots=ctx.slots, **options,
+            )[:, None]  # fmt: skip
         y, ssm_state = selective_scan(
-            x, self.dt_proj(dt), decays(self.A_log), B[:, :, None], C[:, :, None], D=self.D,
-            z=z, dt_bias=self.dt_bias, dt_softplus=True,
-            dt_limit=self.config.dt_limit, cu_seqlens=ctx.cu_seqlens,
-            initial_state=state.get("ssm_state", ctx) if state else None,
+            x, dt, decays(self.A_log), B[:, :, None], C[:, :, None], z=z, dt_softplus=True,
+            cu_seqlens=ctx.cu_seqlens,
+            initial_state=state.get("ssm_state", ctx) if state else None, **options,
         )  # fmt: skip
         if state:
-            state.set("conv_state", conv_state, ctx)
             state.set("ssm_state", ssm_state, ctx)
-        return self.out_proj(y)
+        return y
 
     def _select(self, x: Tensor) -> tuple[Tensor, ...]:
         # dt, B and C depend on every channel: the ranks' shares are summed before the norms, which

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hybridzoo.errors import ConfigError
+from hybridzoo.kernels.slots import read_rows, skip_negative, write_rows_
 from hybridzoo.sharding import Part
 
 
@@ -136,6 +137,13 @@ class Sequence:
         """Put zeros at x's padding, so that no padding enters a state or a neighbour."""
         return x if self.pad_mask is None else x.masked_fill(~self.pad_mask[:, :, None], 0)
 
+    def is_step(self, x: Tensor) -> bool:
+        """Whether one-token ops, which update states in place and have no gradients, serve x.
+
+        x is (b, l, ...).
+        """
+        return x.shape[1] == 1 and self.cu_seqlens is None and not torch.is_grad_enabled()
+
     def unpack(self, x: Tensor, fill: float = 0) -> Tensor:
         """Packed x (1, l, ...) as one padded row a sequence (s, max_seqlen, ...)."""
         rows = (len(self._starts()) - 1, self.max_seqlen, *x.shape[2:])
@@ -163,44 +171,22 @@ class State:
 
     def get(self, name: str, ctx: Sequence) -> Tensor:
         """The rows that ctx.slots names, or all rows."""
-        full = self.tensors[name]
-        return full if ctx.slots is None else full.index_select(0, ctx.slots.clamp(min=0))
+        return read_rows(self.tensors[name], ctx.slots)
 
     def set(self, name: str, value: Tensor, ctx: Sequence) -> None:
         """Replace the rows that ctx.slots names, or all rows."""
         full = self.tensors[name]
-        value = value.to(full.dtype)
-        if ctx.slots is None:
-            if torch.is_grad_enabled():
-                self.tensors[name] = value
-            else:
-                full.copy_(value)
-            return
-        index, value = _skip_negative(ctx.slots, value, full)
-        if torch.is_grad_enabled():
-            self.tensors[name] = full.index_copy(0, index, value)
+        if not torch.is_grad_enabled():
+            write_rows_(full, value, ctx.slots)
+        elif ctx.slots is None:
+            self.tensors[name] = value.to(full.dtype)
         else:
-            full.index_copy_(0, index, value)
+            index, value = skip_negative(ctx.slots, value.to(full.dtype), full)
+            self.tensors[name] = full.index_copy(0, index, value)
 
     def map(self, change: Any) -> State:
         """A new State with `change` applied to every tensor."""
         return State({name: change(t) for name, t in self.tensors.items()})
-
-
-def _skip_negative(slots: Tensor, value: Tensor, full: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows to write and their values, where a negative slot repeats the first real row's write.
-
-    Without a real one, row 0 is written with itself. So no row is lost, and the host waits for
-    nothing.
-    """
-    is_real = slots >= 0
-    first = is_real.int().argmax(0, keepdim=True)
-    mask = is_real.view(-1, *[1] * (full.dim() - 1))
-    any_real, row = mask.index_select(0, first), value.index_select(0, first)
-    # detached: the real write alone carries the gradient
-    spare = torch.where(any_real, row, full[:1]).detach()
-    index = slots.where(is_real, slots.index_select(0, first)).clamp(min=0).long()
-    return index, value.where(mask, spare)
 
 
 def check_shapes(

@@ -5,6 +5,7 @@ import torch
 
 from hybridzoo.errors import BackendError
 from hybridzoo.kernels.causal_conv1d import causal_conv1d
+from hybridzoo.kernels.dispatch import use
 from tests.kernels.compare import (
     Call,
     assert_same,
@@ -12,6 +13,7 @@ from tests.kernels.compare import (
     pack,
     randn,
     run_fwd_bwd,
+    skip_unless_supported,
 )
 from tests.kernels.oracles import naive_conv
 
@@ -66,6 +68,45 @@ def test_packed_is_separate(d_conv, has_state):
     call = conv_inputs(shape, has_state=has_state, n_seqs=len(LENGTHS))
     call = call.having(cu_seqlens=pack(LENGTHS))
     assert_same(run_fwd_bwd(causal_conv1d, call), run_fwd_bwd(naive_conv, call))
+
+
+@pytest.mark.parametrize("has_state", [False, True], ids=["cold", "warm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("d_conv", [2, 3, 4])
+@pytest.mark.parametrize("backend", causal_conv1d.op.backends)
+def test_backend_packs(backend, d_conv, dtype, has_state, device):
+    shape = (1, sum(LENGTHS), 264, d_conv)
+    call = conv_inputs(shape, dtype, device, has_state, len(LENGTHS))
+    call = call.having(cu_seqlens=pack(LENGTHS, device))
+    check_backend(causal_conv1d, naive_conv, backend, call, dtype)
+
+
+@pytest.mark.parametrize("backend", causal_conv1d.op.backends)
+def test_backend_takes_views_and_repeats_itself(backend, device):
+    """x is the first half of a projection; rows enough for every size of a program."""
+    for length in (3, 700, 9000):
+        both = randn(2, length, 2 * 1032, seed=0, dtype=torch.bfloat16, device=device)
+        call = conv_inputs((2, 1, 1032, 4), torch.bfloat16, device).having(x=both[..., :1032])
+        skip_unless_supported(causal_conv1d, backend, call)
+        with use(causal_conv1d=backend):
+            want = causal_conv1d(**call.having(x=both[..., :1032].contiguous()).arguments)
+            for _ in range(5):
+                assert all(map(torch.equal, causal_conv1d(**call.arguments), want))
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_31_bits():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    shape = (3, 2**18, 4096, 4)
+    call = conv_inputs((3, 1, 4096, 4), torch.bfloat16, "cuda")
+    x = torch.randn(shape[:3], device="cuda", dtype=torch.bfloat16)
+    y, final_state = causal_conv1d(**call.having(x=x).arguments)
+    with use(causal_conv1d="reference"):
+        tail = {"x": x[2:, -8:], "initial_state": x[2:, -11:-8]}
+        want = causal_conv1d(**call.having(**tail).arguments)
+    torch.testing.assert_close(y[2:, -8:], want[0], rtol=2**-7, atol=1e-5)
+    assert torch.equal(final_state[2:], want[1])
 
 
 @pytest.mark.parametrize("cuts", [(1,), (2, 3, 4), (5,), (1, 10)], ids=str)

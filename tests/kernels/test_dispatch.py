@@ -21,12 +21,14 @@ CPU = torch.device("cpu")
 OPS = [
     "attention",
     "causal_conv1d",
+    "causal_conv1d_step",
     "cross_entropy",
     "gated_rms_norm",
     "grouped_mm",
     "layer_norm",
     "rms_norm",
     "selective_scan",
+    "selective_scan_step",
     "ssd",
 ]
 

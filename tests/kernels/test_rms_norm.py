@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hybridzoo.kernels.dispatch import use
 from hybridzoo.kernels.rms_norm import rms_norm
 from tests.kernels.compare import (
     Call,
@@ -10,6 +11,7 @@ from tests.kernels.compare import (
     check_backend,
     randn,
     run_fwd_bwd,
+    skip_unless_supported,
 )
 
 EPS = 0.1  # large enough to show in every value
@@ -40,6 +42,48 @@ def naive(x, weight=None, residual=None, *, eps, weight_fp32=False):
 def test_backend_is_the_formula(backend, dtype, residual, weight_fp32, device):
     call = norm_inputs(dtype, device, residual).having(weight_fp32=weight_fp32)
     check_backend(rms_norm, naive, backend, call, dtype)
+
+
+@pytest.mark.parametrize("width", [1, 64, 1000, 4096, 16384])
+@pytest.mark.parametrize("backend", rms_norm.op.backends)
+def test_backend_is_the_formula_at_every_width(backend, width, device):
+    x, residual = (randn(2, 19, width, seed=k, device=device) for k in range(2))
+    call = Call({"x": x.bfloat16(), "residual": residual, "eps": EPS})
+    check_backend(rms_norm, naive, backend, call, torch.bfloat16)
+
+
+def test_a_row_is_what_it_is_alone(device):
+    """To the bit, whatever rows a program takes with it; torch's own sums do not promise this."""
+    x, residual = (randn(2, 19, 64, seed=k, dtype=torch.bfloat16, device=device) for k in range(2))
+    call = Call({"x": x, "residual": residual, "eps": EPS})
+    skip_unless_supported(rms_norm, "triton", call)
+    with use(rms_norm="triton"):
+        y, h = rms_norm(**call.arguments)
+        alone = rms_norm(**call.having(x=x[1, 7:9], residual=residual[1, 7:9]).arguments)
+    assert torch.equal(y[1, 7:9], alone[0])
+    assert torch.equal(h[1, 7:9], alone[1])
+
+
+@pytest.mark.parametrize("backend", rms_norm.op.backends)
+def test_backend_adds_the_zero_of_a_first_block(backend, device):
+    residual = randn(2, 5, 64, seed=0, device=device)
+    weight = randn(64, seed=1, dtype=torch.bfloat16, device=device)
+    call = Call({"x": weight.new_zeros(()).expand(2, 5, 64), "weight": weight, "eps": EPS})
+    call = call.having(residual=residual)
+    check_backend(rms_norm, naive, backend, call, torch.bfloat16)
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_31_bits():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    x = torch.randn(2**19 + 1, 4096, device="cuda", dtype=torch.bfloat16)
+    residual = x.flip(0)
+    y, h = rms_norm(x, eps=EPS, residual=residual)
+    with use(rms_norm="reference"):
+        want_y, want_h = rms_norm(x[-3:], eps=EPS, residual=residual[-3:])
+    assert torch.equal(h[-3:], want_h)
+    torch.testing.assert_close(y[-3:], want_y, rtol=2**-7, atol=0)
 
 
 @pytest.mark.parametrize("residual", [None, torch.float64], ids=["plain", "residual"])

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hybridzoo.errors import BackendError
-from hybridzoo.kernels.selective_scan import reference, selective_scan
+from hybridzoo.kernels.dispatch import use
+from hybridzoo.kernels.selective_scan import backward, reference, selective_scan
 from tests.kernels.compare import (
     Call,
     assert_same,
@@ -15,6 +16,7 @@ from tests.kernels.compare import (
     pack,
     randn,
     run_fwd_bwd,
+    skip_unless_supported,
 )
 from tests.kernels.oracles import naive_selective_scan
 
@@ -22,6 +24,9 @@ from tests.kernels.oracles import naive_selective_scan
 SHAPES = [(1, 16, 8, 1, 4), (2, 97, 6, 3, 5), (1, 301, 4, 2, 16), (2, 2, 3, 1, 2)]
 # an empty one first, last and inside; one token; one that fills a block's edge
 LENGTHS = [0, 5, 0, 1, 31, 2, 20, 0]
+
+every_backend = pytest.mark.parametrize("backend", selective_scan.op.backends)
+compiled_backends = sorted(set(selective_scan.op.backends) - {"reference"})
 
 
 def scan_inputs(shape, dtype=torch.float64, device="cpu", has_state=True, n_seqs=None):
@@ -47,9 +52,25 @@ def scan_inputs(shape, dtype=torch.float64, device="cpu", has_state=True, n_seqs
     )
 
 
-def packed_inputs(has_state=True):
-    call = scan_inputs((1, sum(LENGTHS), 4, 2, 3), has_state=has_state, n_seqs=len(LENGTHS))
-    return call.having(cu_seqlens=pack(LENGTHS))
+def packed_inputs(has_state=True, dtype=torch.float64, device="cpu"):
+    shape = (1, sum(LENGTHS), 4, 2, 3)
+    call = scan_inputs(shape, dtype, device, has_state, n_seqs=len(LENGTHS))
+    return call.having(cu_seqlens=pack(LENGTHS, device))
+
+
+def in_pieces(cuts, **arguments):
+    """The scan of a sequence cut at these places, each piece from the state before it."""
+    state, y, length = arguments.pop("initial_state"), [], arguments["x"].shape[1]
+    for start, end in zip((0, *cuts), (*cuts, length), strict=True):
+        along = {k: arguments[k][:, start:end] for k in ("x", "dt", "B", "C", "z")}
+        part, state = selective_scan(**{**arguments, **along, "initial_state": state})
+        y.append(part)
+    return torch.cat(y, 1), state
+
+
+def outputs(call, backend, function=selective_scan):
+    with torch.no_grad(), use(selective_scan=backend):
+        return function(**call.arguments)
 
 
 @pytest.fixture
@@ -62,7 +83,7 @@ def small_blocks(monkeypatch):
 @pytest.mark.parametrize("has_state", [False, True], ids=["cold", "warm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "b{}-l{}-i{}-g{}-n{}".format(*s))
-@pytest.mark.parametrize("backend", selective_scan.op.backends)
+@every_backend
 def test_backend_is_the_recurrence(backend, shape, dtype, has_state, device):
     call = scan_inputs(shape, dtype, device, has_state)
     check_backend(selective_scan, naive_selective_scan, backend, call, dtype)
@@ -84,15 +105,10 @@ def test_packed_is_separate(small_blocks, has_state):
 def test_state_carries_a_split_sequence(small_blocks, cuts):
     call = scan_inputs((2, 37, 4, 2, 3))
 
-    def in_pieces(**arguments):
-        state, y = arguments.pop("initial_state"), []
-        for start, end in zip((0, *cuts), (*cuts, 37), strict=True):
-            along = {k: arguments[k][:, start:end] for k in ("x", "dt", "B", "C", "z")}
-            part, state = selective_scan(**{**arguments, **along, "initial_state": state})
-            y.append(part)
-        return torch.cat(y, 1), state
+    def split(**arguments):
+        return in_pieces(cuts, **arguments)
 
-    assert_same(run_fwd_bwd(in_pieces, call), run_fwd_bwd(selective_scan, call))
+    assert_same(run_fwd_bwd(split, call), run_fwd_bwd(selective_scan, call))
 
 
 @pytest.mark.parametrize(
@@ -131,16 +147,217 @@ def test_softplus_is_exact_at_large_steps():
     )
 
 
-@pytest.mark.parametrize("dt", [-30.0, 30.0], ids=["frozen", "forgetting"])
-def test_extreme_steps_stay_finite_and_right(dt):
-    call = scan_inputs((1, 40, 4, 1, 16), torch.float32)
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [1, 2, 3, 63, 64, 65, 127, 129])
+@pytest.mark.parametrize("backend", compiled_backends)
+def test_lengths_round_a_tile(backend, length):
+    call = scan_inputs((2, length, 40, 1, 16), torch.bfloat16, cuda())
+    check_backend(selective_scan, naive_selective_scan, backend, call, torch.bfloat16)
+
+
+@pytest.mark.parametrize("n", [8, 16, 32, 64])
+@pytest.mark.parametrize(
+    "options", [{}, {"z": None}, {"D": None}, {"dt_limit": (0.3, 1.1)}], ids=str
+)
+@every_backend
+def test_options_of_every_backend(backend, options, n, device):
+    call = scan_inputs((1, 20, 12, 2, n), torch.float32, device).having(**options)
+    check_backend(selective_scan, naive_selective_scan, backend, call, torch.float32)
+
+
+@pytest.mark.parametrize("has_state", [False, True], ids=["cold", "warm"])
+@every_backend
+def test_every_backend_packs(backend, has_state, device):
+    call = packed_inputs(has_state, torch.float32, device)
+    check_backend(selective_scan, naive_selective_scan, backend, call, torch.float32)
+
+
+@pytest.mark.parametrize("cuts", [(1,), (64,), (63, 65), (1, 2, 3, 130)], ids=str)
+@every_backend
+def test_every_backend_carries_a_split_sequence(backend, cuts, device):
+    call = scan_inputs((2, 150, 12, 2, 16), torch.float32, device)
+    skip_unless_supported(selective_scan, backend, call)
+
+    def split(**arguments):
+        with use(selective_scan=backend):
+            return in_pieces(cuts, **arguments)
+
+    truth = run_fwd_bwd(selective_scan, call.to(torch.float64), "reference")
+    same_dtype = run_fwd_bwd(selective_scan, call, "reference")
+    assert_within(run_fwd_bwd(split, call), same_dtype, truth, torch.float32)
+
+
+@every_backend
+def test_parts_of_wider_tensors_are_read_where_they_are(backend, device):
+    call = scan_inputs((2, 33, 24, 1, 16), torch.bfloat16, device)
+    skip_unless_supported(selective_scan, backend, call)
+    a = call.arguments
+    # no two of one stride
+    wide = {n: torch.cat([a[n]] * k, -1) for k, n in enumerate(("x", "dt", "B", "C", "z"), 2)}
+    parts = call.having(**{n: t[..., : a[n].shape[-1]] for n, t in wide.items()})
+    columns = call.having(x=a["x"].mT.contiguous().mT, z=a["z"].mT.contiguous().mT)
+    want = outputs(call, backend)
+    for other in (parts, columns):
+        got = outputs(other, backend)
+        assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("dt", [-30.0, 30.0, None], ids=["frozen", "forgetting", "ramp"])
+@every_backend
+def test_extreme_steps_stay_finite_and_right(backend, dt, device):
+    call = scan_inputs((1, 61, 4, 1, 16), torch.float32, device)
+    skip_unless_supported(selective_scan, backend, call)
     raw = call.arguments["dt"].clone()
-    raw[:, ::3] = dt
+    if dt is None:
+        raw += torch.linspace(-30.0, 30.0, 61, device=device)[:, None]
+    else:
+        raw[:, ::3] = dt
     call = call.having(dt=raw)
     truth = run_fwd_bwd(naive_selective_scan, call.to(torch.float64))
     same_dtype = run_fwd_bwd(naive_selective_scan, call)
-    got = run_fwd_bwd(selective_scan, call)
+    got = run_fwd_bwd(selective_scan, call, backend)
     assert_within(got, same_dtype, truth, torch.float32)
+
+
+def small_steps(device):
+    """The scan's call whose outputs are the step sizes, and these in float64."""
+    dt = torch.linspace(-23.0, 20.0, 431, device=device)[None, None]
+    one = torch.ones(1, 1, 1, 1, device=device)
+    A = -torch.ones(431, 1, device=device)
+    # from a state of zeros, one step of ones is its size
+    call = Call({"x": torch.ones_like(dt), "dt": dt, "A": A, "B": one, "C": one})
+    truth = torch.nn.functional.softplus(dt.double(), threshold=40.0)
+    return call.having(dt_softplus=True), truth
+
+
+@every_backend
+def test_small_steps_keep_their_digits(backend, device):
+    """log(1 + e^dt), written like that, is off by a tenth at 1e-6 and zero below 6e-8."""
+    call, truth = small_steps(device)
+    skip_unless_supported(selective_scan, backend, call)
+    y, _ = outputs(call, backend)
+    assert ((y - truth) / truth).abs().max() < 1e-6
+
+
+@every_backend
+def test_five_runs_give_the_same_bits(backend, device):
+    call = scan_inputs((2, 97, 72, 2, 16), torch.bfloat16, device)
+    skip_unless_supported(selective_scan, backend, call)
+    first = run_fwd_bwd(selective_scan, call, backend)
+    for _ in range(4):
+        again = run_fwd_bwd(selective_scan, call, backend)
+        assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+def cuda():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    return torch.device("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("far", ["tokens", "rows"])
+@every_backend
+def test_inputs_pass_2_to_the_31_elements(backend, far):
+    """x, dt and z lie in one buffer whose strides carry them past 2^31 elements."""
+    b, l = (1, 70_001) if far == "tokens" else (3, 129)
+    call = scan_inputs((b, l, 64, 1, 16), torch.bfloat16, cuda())
+    skip_unless_supported(selective_scan, backend, call)
+    # 9 GB; 7 GB
+    buffer = torch.zeros(l * 2**16 if far == "tokens" else b * 1_200_000_128, device="cuda",
+                         dtype=torch.bfloat16)  # fmt: skip
+    strides = (0, 2**16, 1) if far == "tokens" else (1_200_000_128, 256, 1)
+    views = {}
+    for k, name in enumerate(("x", "dt", "z")):
+        views[name] = buffer.as_strided((b, l, 64), strides, 64 * k)
+        views[name].copy_(call.arguments[name])
+    got, want = outputs(call.having(**views), backend), outputs(call, backend)
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", compiled_backends)
+def test_outputs_pass_2_to_the_31_elements(backend):
+    # 2.2e9 elements, 4.5 GB a tensor; the reference would hold several of them in fp32
+    i, l, tail = 8192, 272_000, 1000
+    device = cuda()
+    x, dt, z = (torch.randn(1, l, i, device=device, dtype=torch.bfloat16) for _ in range(3))
+    B, C = (torch.randn(1, l, 1, 16, device=device, dtype=torch.bfloat16) for _ in range(2))
+    A = -torch.rand(i, 16, device=device)
+    along = {"x": x, "dt": dt, "B": B, "C": C, "z": z}
+    whole = Call({**along, "A": A, "dt_softplus": True})
+    skip_unless_supported(selective_scan, backend, whole)
+    y, final_state = outputs(whole, backend)
+    head = whole.having(**{k: t[:, :-tail] for k, t in along.items()})
+    _, state = outputs(head, backend)
+    last = whole.having(**{k: t[:, -tail:] for k, t in along.items()}, initial_state=state)
+    y_last, final_last = outputs(last, backend)
+    torch.testing.assert_close(y[:, -tail:], y_last, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(final_state, final_last, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", compiled_backends)
+def test_compiled_graphs_hold_the_scan_whole(backend, compiler, monkeypatch):
+    # torch cannot trace the functions that fill what torch.empty returns
+    monkeypatch.undo()
+    call = packed_inputs(True, torch.bfloat16, cuda())
+    skip_unless_supported(selective_scan, backend, call)
+
+    def doubled(x, **arguments):
+        y, final_state = selective_scan(2 * x, **arguments)
+        return y + 1, final_state
+
+    compiled = torch.compile(doubled, fullgraph=True, dynamic=True, backend=compiler)
+    with use(selective_scan=backend):
+        assert_same(run_fwd_bwd(compiled, call), run_fwd_bwd(doubled, call), tolerance=2e-2)
+
+
+class Scan(torch.nn.Module):
+    def forward(self, **arguments):
+        return selective_scan(**arguments)
+
+
+@every_backend
+def test_exported_graphs_hold_the_scan_whole(backend, device, monkeypatch):
+    monkeypatch.undo()
+    call = scan_inputs((2, 9, 6, 2, 4), torch.float32, device).having(dt_limit=(0.0, 2.0))
+    skip_unless_supported(selective_scan, backend, call)
+    with torch.no_grad(), use(selective_scan=backend):
+        program = torch.export.export(Scan(), (), call.arguments)
+        got = program.module()(**call.arguments)
+    names = {str(node.target) for node in program.graph.nodes}
+    assert backend == "reference" or f"hybridzoo.selective_scan_{backend}.default" in names
+    for g, w in zip(got, outputs(call, backend), strict=True):
+        torch.testing.assert_close(g, w)
+
+
+def check_raw_op(op, call):
+    """torch's own checks of an op with the signature that backward.register takes."""
+    names = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state", "cu_seqlens")
+    given = call.to(None).arguments
+    torch.library.opcheck(op, (*(given.get(n) for n in names), True, 0.0, 2.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("options", [{}, {"D": None, "initial_state": None}], ids=str)
+def test_gradients_without_a_kernel_are_a_proper_op(options, dtype):
+    call = scan_inputs((2, 9, 6, 2, 4), dtype).having(**options)
+    a, cotangents = call.arguments, outputs(call, "reference")
+    inputs = (a["x"], a["dt"], a["A"], a["B"], a["C"], a["D"], a["z"], a["dt_bias"])
+    rest = (a["initial_state"], None, True, 0.0, 2.0)
+    torch.library.opcheck(backward.selective_scan_backward, (*cotangents, *inputs, *rest))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", compiled_backends)
+def test_raw_launches_are_proper_ops(backend):
+    call = scan_inputs((2, 9, 6, 2, 4), torch.float32, cuda())
+    skip_unless_supported(selective_scan, backend, call)
+    op = getattr(torch.ops.hybridzoo, f"selective_scan_{backend}").default
+    for each in (call, call.having(D=None, z=None), packed_inputs(False, torch.bfloat16, "cuda")):
+        check_raw_op(op, each)
 
 
 @pytest.mark.parametrize("length", [0, 1])

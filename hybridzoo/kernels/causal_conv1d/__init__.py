@@ -8,7 +8,13 @@ from hybridzoo.errors import BackendError
 from hybridzoo.kernels.dispatch import Op
 from hybridzoo.kernels.packing import check_packed
 
-_causal_conv1d = Op("causal_conv1d", {"reference": "hybridzoo.kernels.causal_conv1d.reference"})
+_causal_conv1d = Op(
+    "causal_conv1d",
+    {
+        "triton": "hybridzoo.kernels.causal_conv1d.triton",
+        "reference": "hybridzoo.kernels.causal_conv1d.reference",
+    },
+)
 
 
 @_causal_conv1d.contract

@@ -33,18 +33,16 @@ def run(
         padded = torch.cat([state, x], dim=1)
         # clone: a view would keep the whole input alive between decode steps
         final_state = padded[:, x.shape[1] :].clone()
-        return _convolve(padded, weight, bias, activation), final_state
+        return convolve(padded, weight, bias, activation), final_state
     padded, tokens, ends = _insert_states(x, state, cu_seqlens)
-    y = _convolve(padded, weight, bias, activation)
+    y = convolve(padded, weight, bias, activation)
     # the output at a token's place minus w - 1: the convolution drops that many in front
     y = y.index_select(1, tokens - state.shape[1])
     return y, padded[0].index_select(0, ends).view_as(state)
 
 
-def _convolve(
-    padded: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
-) -> Tensor:
-    """(b, w - 1 + l, i) -> (b, l, i)."""
+def convolve(padded: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    """(b, w - 1 + l, i) -> (b, l, i), its dtype; summed in fp32, or in float64 if it is."""
     dtype = torch.promote_types(padded.dtype, torch.float32)
     wide, taps = padded.to(dtype), weight.to(dtype).unbind(1)
     length = padded.shape[1] - len(taps) + 1

@@ -4,7 +4,13 @@ from torch import Tensor
 
 from hybridzoo.kernels.dispatch import Op
 
-_rms_norm = Op("rms_norm", {"reference": "hybridzoo.kernels.rms_norm.reference"})
+_rms_norm = Op(
+    "rms_norm",
+    {
+        "triton": "hybridzoo.kernels.rms_norm.triton",
+        "reference": "hybridzoo.kernels.rms_norm.reference",
+    },
+)
 
 
 @_rms_norm.contract

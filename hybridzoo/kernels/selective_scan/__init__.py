@@ -7,7 +7,14 @@ from torch import Tensor
 from hybridzoo.kernels.dispatch import Op
 from hybridzoo.kernels.packing import check_packed
 
-_selective_scan = Op("selective_scan", {"reference": "hybridzoo.kernels.selective_scan.reference"})
+_selective_scan = Op(
+    "selective_scan",
+    {
+        "cuda": "hybridzoo.kernels.selective_scan.cuda",
+        "triton": "hybridzoo.kernels.selective_scan.triton",
+        "reference": "hybridzoo.kernels.selective_scan.reference",
+    },
+)
 
 
 @_selective_scan.contract

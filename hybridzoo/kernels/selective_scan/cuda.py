@@ -1,0 +1,287 @@
+"""selective_scan by csrc/selective_scan/fwd.cu: fp32, bf16 and fp16, up to 64 states a channel."""
+
+from math import inf
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hybridzoo.kernels import loader
+from hybridzoo.kernels.selective_scan import backward
+
+SOURCE = "selective_scan/fwd.cu"
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MAX_STATES = 64
+LANES = 32
+
+
+class Arguments(NamedTuple):
+    """Those of `selective_scan_cuda`, in its order."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    dt_bias: Tensor | None
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
+    dt_softplus: bool
+    dt_min: float
+    dt_max: float
+
+
+class Mapping(NamedTuple):
+    """How the work is spread; see fwd.cu. Changes speed and rounding, not the function.
+
+    Attributes:
+        states: a thread walks so many of one channel.
+        channels: a thread walks so many.
+        warps: of a block.
+        tokens: of a tile.
+        n_segments: of a row, side by side; fewer where it is short.
+        min_blocks: blocks that one multiprocessor shall hold, which bounds a thread's registers.
+    """
+
+    states: int
+    channels: int
+    warps: int
+    tokens: int
+    n_segments: int = 1
+    min_blocks: int = 1
+
+    def lanes(self, n: int) -> int:
+        """Threads that share a channel of n states: a power of two."""
+        return 1 << max(0, -(-n // self.states) - 1).bit_length()
+
+    def width(self, n: int) -> int:
+        """Channels of a warp."""
+        return LANES // self.lanes(n) * self.channels
+
+    def vector(self, n: int) -> int:
+        """Neighbouring channels that a thread reads at once."""
+        return self.width(n) * self.tokens // LANES
+
+    def maps(self, n: int) -> int:
+        """Neighbouring states of B and of C that a thread reads at once."""
+        padded = self.lanes(n) * self.states
+        return max(1, self.tokens * padded // (LANES * self.warps))
+
+
+def available(device: torch.device) -> str | None:
+    """Needs a CUDA device of capability 8.0, and a compiler or a packaged cubin."""
+    return loader.available(device)
+
+
+def why_not(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, z: Tensor | None = None, **_: object
+) -> str | None:
+    """Takes fp32, bf16 and fp16, one dtype for x, dt, B, C and z, and at most 64 states."""
+    reason = available(x.device)
+    if reason is not None:
+        return reason
+    if x.dtype not in DTYPES:
+        return f"it takes float32, bfloat16 and float16, not {x.dtype}"
+    for name, t in (("dt", dt), ("B", B), ("C", C), ("z", z)):
+        if t is not None and t.dtype != x.dtype:
+            return f"{name} is {t.dtype} where x is {x.dtype}"
+    if A.shape[1] > MAX_STATES:
+        return f"d_state ({A.shape[1]}) exceeds its limit ({MAX_STATES})"
+    return None
+
+
+def run(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, inf),
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `hybridzoo.kernels.selective_scan.selective_scan`."""
+    return selective_scan_cuda(
+        x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, *dt_limit
+    )
+
+
+@torch.library.custom_op("hybridzoo::selective_scan_cuda", mutates_args=())
+def selective_scan_cuda(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+) -> tuple[Tensor, Tensor]:
+    """The op of this backend; dt_min and dt_max are the contract's dt_limit."""
+    given = Arguments(
+        x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_min, dt_max
+    )
+    y, final_state, _ = launch(given, choose(x.shape, A.shape[1], x.device))
+    return y, final_state
+
+
+@selective_scan_cuda.register_fake
+def _(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *options: object,
+) -> tuple[Tensor, Tensor]:
+    rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return x.new_empty(x.shape), A.new_empty((rows, *A.shape), dtype=torch.float32)
+
+
+backward.register(selective_scan_cuda)
+
+
+def choose(shape: tuple[int, ...], n: int, device: torch.device) -> Mapping:
+    """The mapping for x of this shape and n states, as measured on one H200.
+
+    The faster mappings have fewer warps, so they take turns as the channels of all rows become few:
+    four schedulers a multiprocessor want a warp each, and three of them when each is a part of a
+    long sequence that is walked twice.
+    """
+    b, l, i = shape
+    if n > 32:
+        return Mapping(8, 2, 4, 8, min_blocks=2)
+    warps = b * i / Mapping(8, 1, 4, 16).width(n)
+    schedulers = 4 * torch.cuda.get_device_properties(device).multi_processor_count
+    if warps > 0.9 * schedulers or l < 256:
+        return Mapping(8, 1, 4, 16, min_blocks=4)
+    if warps > 0.45 * schedulers:
+        return Mapping(4, 1, 4, 32)
+    # a walk twice over pays from some 64 tokens a segment on
+    n_segments = min(int(3 * schedulers / warps), l // 64)
+    return Mapping(8, 1, 2, 16, n_segments, min_blocks=7)
+
+
+def launch(
+    given: Arguments, mapping: Mapping, checkpoint_every: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the kernel with a mapping.
+
+    Args:
+        given: the op's arguments.
+        mapping: how the work is spread.
+        checkpoint_every: also give the state before every so many tokens of a row, a power of two
+            and a multiple of the mapping's tokens; 0 gives none.
+
+    Returns:
+        y; final_state; checkpoints, (b, ceil(l / checkpoint_every), i, n) fp32.
+    """
+    given = _laid_out(given)
+    x, A, cu_seqlens = given.x, given.A, given.cu_seqlens
+    (b, l, i), n = x.shape, A.shape[1]
+    rows = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    # whole tiles a segment, and in training whole distances of checkpoints
+    unit = max(mapping.tokens, checkpoint_every)
+    segment = -(-max(l, 1) // (mapping.n_segments * unit)) * unit
+    n_segments = -(-max(l, 1) // segment)
+    y = torch.empty((b, l, i), dtype=x.dtype, device=x.device)
+    final_state = A.new_empty(rows, i, n)
+    checkpoints = A.new_empty(b, -(-l // checkpoint_every) if checkpoint_every else 0, i, n)
+    ends = A.new_empty(b, n_segments - 1, i, n)
+    dt_sums = A.new_empty(b, n_segments - 1, i)
+    arguments = (
+        *given[:10], y, final_state, checkpoints, ends, dt_sums,
+        l, i, i // given.B.shape[2], n, rows, segment, n_segments, checkpoint_every,
+        given.dt_min, given.dt_max, *_strides(given),
+    )  # fmt: skip
+    defines = _defines(given, mapping) | {"CHECKPOINTS": int(checkpoint_every > 0)}
+    groups = given.B.shape[2]
+    blocks = b * groups * -(-(i // groups) // (mapping.width(n) * mapping.warps))
+    for name, is_ends, grid_y in (("ends", 1, n_segments - 1), ("fwd", 0, n_segments)):
+        if grid_y:
+            macros = {**defines, "ENDS": is_ends}
+            kernel = loader.load(SOURCE, f"selective_scan_{name}", macros, x.device)
+            shared = _shared_bytes(mapping, n, bool(is_ends))
+            kernel((blocks, grid_y, 1), LANES * mapping.warps, shared, *arguments)
+    return y, final_state, checkpoints
+
+
+def _laid_out(given: Arguments) -> Arguments:
+    """Neighbours of the last dimension side by side; what is of channels whole and fp32."""
+    change = {}
+    for name in ("x", "dt", "B", "C", "z"):
+        t = getattr(given, name)
+        if t is not None and t.stride(-1) != 1:
+            change[name] = t.contiguous()
+    for name in ("A", "D", "dt_bias", "initial_state"):
+        t = getattr(given, name)
+        if t is not None:
+            change[name] = t.to(torch.float32).contiguous()
+    if given.cu_seqlens is not None:
+        change["cu_seqlens"] = given.cu_seqlens.to(torch.int32).contiguous()
+    return given._replace(**change, dt_min=float(given.dt_min), dt_max=float(given.dt_max))
+
+
+def _strides(given: Arguments) -> list[int]:
+    x, dt, _, B, C, _, z, *_ = given
+    rows = [s for t in (x, dt, x if z is None else z) for s in t.stride()[:2]]
+    return rows + [s for t in (B, C) for s in t.stride()[:3]]
+
+
+def _defines(given: Arguments, mapping: Mapping) -> dict[str, int]:
+    """The macros of fwd.cu."""
+    x, dt, A, B, C, _, z, *_ = given
+    n, group = A.shape[1], x.shape[2] // B.shape[2]
+    vector, maps = mapping.vector(n), mapping.maps(n)
+    is_aligned = group % vector == 0 and n % maps == 0
+    for t, count in ((x, vector), (dt, vector), (z, vector), (B, maps), (C, maps)):
+        if t is not None:
+            unit = min(16, count * t.element_size())
+            starts = (t.data_ptr(), *(s * t.element_size() for s in t.stride()[:-1]))
+            is_aligned &= all(start % unit == 0 for start in starts)
+    return {
+        "DTYPE": DTYPES[x.dtype],
+        "ALIGNED": int(is_aligned),
+        "SPT": mapping.states,
+        "CPT": mapping.channels,
+        "LANES": mapping.lanes(n),
+        "WARPS": mapping.warps,
+        "TOKENS": mapping.tokens,
+        "MIN_BLOCKS": mapping.min_blocks,
+        "SOFTPLUS": int(given.dt_softplus),
+        # as in dt.py, the widest limits do not limit: without softplus a step may be negative
+        "LIMITS": int((given.dt_min, given.dt_max) != (0.0, inf)),
+        "GATED": int(z is not None),
+        "PACKED": int(given.cu_seqlens is not None),
+    }
+
+
+def _shared_bytes(mapping: Mapping, n: int, is_ends: bool) -> int:
+    """Size of `Shared` in fwd.cu."""
+    width, rows = mapping.width(n), mapping.tokens + 2
+    # two tiles of steps and of sums, three of B and of C
+    floats = 2 * mapping.warps * rows * (2 * width + 4)
+    maps = 3 * rows * mapping.lanes(n) * mapping.states
+    floats += maps + mapping.warps * width
+    if not is_ends:
+        floats += maps + mapping.warps * width
+        floats += 2 * mapping.warps * mapping.tokens * (LANES * mapping.channels + 4)
+    # and the barrier
+    return 4 * floats + 16

@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# On a machine with a GPU, in one command: what it is, the GPU tests, then the benches beside their peers.
+#   bash scripts/gpu_check.sh [machine] [tests] [kernel] [decode]      no name: all of them
+# OUT     folder of the logs and JSON files; unset: runs/gpu_check
+# PYTHON  the interpreter, with torch, triton and pytest in it; unset: python3. Nothing is installed.
+# PEERS   a folder that holds mamba_ssm and causal_conv1d; unset: Python's path may have them, and a
+#         row says where one is missing.
+# TESTS KERNEL DECODE    more arguments for pytest, bench/kernel.py and bench/decode.py
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+out=${OUT:-runs/gpu_check}
+python=${PYTHON:-python3}
+export PYTHONPATH=$PWD${PEERS:+:$PEERS}${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+mkdir -p "$out"
+failed=()
+
+part() { # part NAME SECONDS command...: runs it with a time limit, into $out/NAME.log as well
+    local name=$1 limit=$2
+    shift 2
+    printf '==> %s: %s\n' "$name" "$*"
+    timeout --kill-after=15 "$limit" "$@" 2>&1 | tee "$out/$name.log" || failed+=("$name")
+}
+
+describe() {
+    nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.max.sm --format=csv,noheader
+    "$python" -c 'import platform, torch, triton
+print("python", platform.python_version(), "torch", torch.__version__, "triton", triton.__version__)
+print(torch.cuda.get_device_name(), torch.cuda.get_device_capability())'
+    "$python" -m hybridzoo.cli doctor
+}
+export -f describe
+export python
+
+for name in "${@:-all}"; do
+    case $name in
+        all | machine | tests | kernel | decode) ;;
+        *)
+            echo "gpu_check.sh: $name is no part; they are machine, tests, kernel and decode." >&2
+            exit 2
+            ;;
+    esac
+done
+is_asked() { [[ " ${asked:-all} " == *" all "* || " $asked " == *" $1 "* ]]; }
+asked="$*"
+
+# the words of these are arguments, apart by spaces
+read -r -a tests <<<"${TESTS:-}"
+read -r -a kernel <<<"${KERNEL:-}"
+read -r -a decode <<<"${DECODE:-}"
+if is_asked machine; then part machine 120 bash -euo pipefail -c describe; fi
+if is_asked tests; then
+    part tests 420 "$python" -m pytest -m gpu -q -rfE -p no:cacheprovider "${tests[@]:-tests}"
+fi
+if is_asked kernel; then
+    part kernel 300 "$python" scripts/bench/kernel.py --out "$out/kernel.json" ${kernel[@]+"${kernel[@]}"}
+fi
+if is_asked decode; then
+    part decode 300 "$python" scripts/bench/decode.py --out "$out/decode.json" ${decode[@]+"${decode[@]}"}
+fi
+
+if [ ${#failed[@]} -gt 0 ]; then
+    echo "gpu_check.sh: failed: ${failed[*]}; see $out" >&2
+    exit 1
+fi

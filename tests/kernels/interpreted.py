@@ -1,0 +1,72 @@
+"""Run the cases of one op in Triton's interpreter: python -m tests.kernels.interpreted <op>.
+
+Cases are those of `tests/kernels/interpreted_<op>.py`: its `cases()` yields (name, callable), and
+a callable raises where its kernel is wrong. TRITON_INTERPRET must be 1 before Triton is imported,
+hence a process of its own; `test_interpreted.py` starts one an op.
+"""
+
+import importlib
+import os
+import sys
+
+import torch
+
+
+def count_loops_by_tensors():
+    """Let a kernel's loop end at a value: numpy 2.4 refuses int() of an array with one element."""
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    patch_language = interpreter._patch_lang_tensor
+
+    def patch(tensor, *scope):
+        patch_language(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = patch
+
+
+def allow_cpu(*backends):
+    """Take the device out of their `why_not`: the op itself then picks them, as on a GPU."""
+    for backend in backends:
+        backend.available = lambda device: None
+
+
+def check_graphs(function, call):
+    """Compiled whole and exported, an op gives what it gives eagerly, and stays one node."""
+    tensors = {n: t for n, t in call.arguments.items() if isinstance(t, torch.Tensor)}
+    options = {n: v for n, v in call.arguments.items() if n not in tensors}
+
+    class Model(torch.nn.Module):
+        def forward(self, **tensors):
+            return function(**tensors, **options)
+
+    def copies():
+        return {n: t.clone() for n, t in tensors.items()}
+
+    with torch.no_grad():
+        want = torch.utils._pytree.tree_leaves(function(**copies(), **options))
+        compiled = torch.compile(Model(), fullgraph=True, backend="eager")
+        exported = torch.export.export(Model(), (), copies())
+        for graph in (compiled, exported.module()):
+            got = torch.utils._pytree.tree_leaves(graph(**copies()))
+            assert all(map(torch.equal, got, want))
+    names = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+    assert f"hybridzoo.{function.op.name}_triton.default" in names, names
+
+
+def main(op):
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise SystemExit("TRITON_INTERPRET is not 1; tests/kernels/test_interpreted.py sets it.")
+    # fills what torch.empty returns with NaN, as tests/conftest.py does elsewhere
+    torch.use_deterministic_algorithms(True)
+    count_loops_by_tensors()
+    n_cases = 0
+    for name, case in importlib.import_module(f"tests.kernels.interpreted_{op}").cases():
+        # before it runs: the last line names the case of a traceback, and of a hang
+        sys.stderr.write(f"{op}: {name}\n")
+        case()
+        n_cases += 1
+    sys.stdout.write(f"{n_cases} cases passed\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,50 @@
+"""Triton backends in the interpreter, on the CPU: the same source as on a GPU, small shapes."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hybridzoo.kernels.jit import triton
+
+HERE = Path(__file__).parent
+OPS = sorted(path.stem.removeprefix("interpreted_") for path in HERE.glob("interpreted_*.py"))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_interpreted_kernels_are_right(op):
+    if triton is None:
+        pytest.skip("triton is not installed")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.interpreted", op],
+        cwd=HERE.parents[1],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    # a generator that yields nothing proves nothing
+    assert re.search(r"^[1-9]\d* cases passed$", done.stdout, re.MULTILINE), done.stdout
+
+
+def test_every_triton_backend_has_cases():
+    kernels = HERE.parents[1] / "hybridzoo" / "kernels"
+    assert sorted(path.parent.name for path in kernels.glob("*/triton.py")) == OPS
+
+
+def test_modules_import_without_triton():
+    code = (
+        "import importlib.util, pathlib, sys\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a)\n"
+        "import importlib, torch\n"
+        f"for op in {OPS!r}:\n"
+        "    module = importlib.import_module(f'hybridzoo.kernels.{op}.triton')\n"
+        "    assert module.available(torch.device('cuda')) == 'triton is not installed', op\n"
+        "    assert 'triton' not in sys.modules, op\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
