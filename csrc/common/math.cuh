@@ -2,12 +2,25 @@
 #pragma once
 
 constexpr float LOG2E = 1.4426950408889634f;
+constexpr float LOG2E_LOW = 1.925963e-8f;  // what fp32 leaves off it
+constexpr float LN2 = 0.6931471805599453f;
 
 // 2 ** x: one instruction, error 2 ** -22; results below 2 ** -126 are zero.
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+
+// exp(x), off by |x| / 2 ** 24 besides: what rounding the exponent to fp32 costs.
+__device__ __forceinline__ float exp_approx(float x) { return exp2_approx(LOG2E * x); }
+
+// exp(x) without that: the rest of the exponent, in two parts, is multiplied in.
+__device__ __forceinline__ float exp_accurate(float x) {
+    const float exponent = LOG2E * x;
+    const float rest = fmaf(x, LOG2E_LOW, fmaf(x, LOG2E, -exponent));
+    const float power = exp2_approx(exponent);
+    return fmaf(power, rest * LN2, power);
 }
 
 // 1 / x: one instruction, error one unit in the last place.
@@ -17,23 +30,15 @@ __device__ __forceinline__ float reciprocal(float x) {
     return y;
 }
 
-// x / (1 + exp(-x))
-__device__ __forceinline__ float silu(float x) { return x * reciprocal(1.0f + exp2_approx(-LOG2E * x)); }
-
-// Terms `from` down to `to` of a polynomial by Horner's rule: log(1 + e) / e for e in [0, 1], minimax,
-// degree 8, 1.8e-7 in fp32.
+// Terms FROM down to TO, by Horner's rule, of log(1 + e) / e for e in [0, 1]: minimax, degree 8,
+// 1.8e-7 of the value in fp32. log2(1 + e) would lose what a small e adds to 1.
 template <int FROM, int TO>
 __device__ __forceinline__ float softplus_terms(float sum, float e) {
-    constexpr float TERMS[] = {0.99999997f,  -0.499994931f, 0.333190968f,  -0.248429822f, 0.191060068f,
-                               -0.136632458f, 0.0782259521f, -0.0295052389f, 0.0052326943f};
+    constexpr float TERMS[] = {0.99999997f,   -0.499994931f, 0.333190968f,
+                               -0.248429822f, 0.191060068f,  -0.136632458f,
+                               0.0782259521f, -0.0295052389f, 0.0052326943f};
 #pragma unroll
     for (int k = FROM; k >= TO; --k) sum = fmaf(sum, e, TERMS[k]);
     return sum;
 }
 
-// log(1 + exp(x)) to 3e-7 of its value for every x: exp(-|x|) lies in (0, 1]. log2(1 + e) would lose
-// what a small e adds to 1.
-__device__ __forceinline__ float softplus(float x) {
-    const float e = exp2_approx(-LOG2E * fabsf(x));
-    return fmaf(softplus_terms<8, 0>(0.0f, e), e, fmaxf(x, 0.0f));
-}

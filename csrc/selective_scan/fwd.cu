@@ -28,6 +28,13 @@
 #include "common/io.cuh"
 #include "common/math.cuh"
 
+// where dt has half precision, its own rounding is a thousand times what exp_accurate saves
+#if DTYPE == FP32
+#define EXP exp_accurate
+#else
+#define EXP exp_approx
+#endif
+
 constexpr int T = TOKENS;
 constexpr int N_PAD = SPT * LANES;
 constexpr int CH = 32 / LANES * CPT;        // channels a warp
@@ -208,8 +215,8 @@ struct Clerk {
             value = unpack(dt, k) + bias[j];
         }
 #if SOFTPLUS
-        // math.cuh's softplus, cut up
-        if (stage == 1) power = exp2_approx(-LOG2E * fabsf(value));
+        // log(1 + exp(x)) = max(x, 0) + log(1 + e), with e = exp(-|x|) from 0 to 1
+        if (stage == 1) power = EXP(-fabsf(value));
         if (stage == 2) value = fmaxf(value, 0.0f);
         if (stage == 4) total = softplus_terms<8, 6>(0.0f, power);
         if (stage == 5) total = softplus_terms<5, 3>(total, power);
@@ -257,7 +264,7 @@ struct Clerk {
         }
 #if GATED
         if (stage == 0) value_z = unpack(z, k);
-        if (stage == 2) power = exp2_approx(-LOG2E * value_z);
+        if (stage == 2) power = exp_approx(-value_z);
         if (stage == 4) power = 1.0f + power;
         if (stage == 5) power = reciprocal(power);
 #endif
@@ -385,7 +392,9 @@ selective_scan_fwd
 #endif
     if (blockIdx.y == 0) begin_sequence(); else walker.load(walker.h, nullptr);
 #if !ENDS
-    for (i64 s = 0; s < blockIdx.y; ++s) {
+    // loads of several segments in flight: they wait for memory once, not once each
+#pragma unroll 8
+    for (int s = 0; s < int(blockIdx.y); ++s) {
         const i64 at = row * (n_segments - 1) + s;
         float end[CPT][SPT];
         walker.load(end, ends + at * states + own);
@@ -453,7 +462,6 @@ selective_scan_fwd
     __syncthreads();
 
     int buffer = 0, maps = 0;
-    walker.begin(shared, 0, 0, 0);
     for (int at = 0; at < count; at += T) {
         const int next_maps = maps == 2 ? 0 : maps + 1;
 #if CHECKPOINTS && !ENDS
@@ -495,6 +503,7 @@ selective_scan_fwd
         } else
 #endif
         {
+            walker.begin(shared, buffer, maps, 0);
 #pragma unroll
             for (int t = 0; t < T / 2; ++t)
                 walker.walk(shared, buffer, maps, t, [&](int slot) {
@@ -528,7 +537,6 @@ selective_scan_fwd
         // before this one any more, which the next ones overwrite
         wait(&shared.maps_written, buffer);
         buffer ^= 1, maps = next_maps;
-        walker.begin(shared, buffer, maps, 0);
 #if !ENDS
         load_late(at);
 #endif

@@ -161,22 +161,28 @@ backward.register(selective_scan_cuda)
 def choose(shape: tuple[int, ...], n: int, device: torch.device) -> Mapping:
     """The mapping for x of this shape and n states, as measured on one H200.
 
-    The faster mappings have fewer warps, so they take turns as the channels of all rows become few:
-    four schedulers a multiprocessor want a warp each, and three of them when each is a part of a
-    long sequence that is walked twice.
+    Eight states a thread take the fewest instructions, but leave few warps where a batch has few
+    channels. So below one warp a scheduler a thread walks four states; and below half of one a row
+    is cut into segments, which costs most of the walk twice.
     """
     b, l, i = shape
     if n > 32:
         return Mapping(8, 2, 4, 8, min_blocks=2)
+    n_sms = torch.cuda.get_device_properties(device).multi_processor_count
     warps = b * i / Mapping(8, 1, 4, 16).width(n)
-    schedulers = 4 * torch.cuda.get_device_properties(device).multi_processor_count
-    if warps > 0.9 * schedulers or l < 256:
+    if 0.95 * n_sms < warps / 16 <= n_sms:
+        # one wave of blocks as large as a multiprocessor: all of them end together
+        return Mapping(8, 1, 16, 16)
+    a_scheduler = warps / (4 * n_sms)
+    if a_scheduler > 0.9 or l < 256:
         return Mapping(8, 1, 4, 16, min_blocks=4)
-    if warps > 0.45 * schedulers:
+    if a_scheduler > 0.45:
         return Mapping(4, 1, 4, 32)
-    # a walk twice over pays from some 64 tokens a segment on
-    n_segments = min(int(3 * schedulers / warps), l // 64)
-    return Mapping(8, 1, 2, 16, n_segments, min_blocks=7)
+    if a_scheduler * l / 128 < 2:
+        return Mapping(4, 1, 4, 16, n_segments=l // 128)
+    # some three warps a scheduler
+    n_segments = min(int(3 / a_scheduler), l // 128)
+    return Mapping(8, 1, 4, 16, n_segments, min_blocks=4)
 
 
 def launch(
@@ -256,6 +262,7 @@ def _defines(given: Arguments, mapping: Mapping) -> dict[str, int]:
             unit = min(16, count * t.element_size())
             starts = (t.data_ptr(), *(s * t.element_size() for s in t.stride()[:-1]))
             is_aligned &= all(start % unit == 0 for start in starts)
+    is_packed = given.cu_seqlens is not None
     return {
         "DTYPE": DTYPES[x.dtype],
         "ALIGNED": int(is_aligned),
@@ -264,12 +271,13 @@ def _defines(given: Arguments, mapping: Mapping) -> dict[str, int]:
         "LANES": mapping.lanes(n),
         "WARPS": mapping.warps,
         "TOKENS": mapping.tokens,
-        "MIN_BLOCKS": mapping.min_blocks,
+        # a pack's way through a tile that sequences share needs registers of its own
+        "MIN_BLOCKS": max(1, mapping.min_blocks * 3 // 4) if is_packed else mapping.min_blocks,
         "SOFTPLUS": int(given.dt_softplus),
         # as in dt.py, the widest limits do not limit: without softplus a step may be negative
         "LIMITS": int((given.dt_min, given.dt_max) != (0.0, inf)),
         "GATED": int(z is not None),
-        "PACKED": int(given.cu_seqlens is not None),
+        "PACKED": int(is_packed),
     }
 
 
