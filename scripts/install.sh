@@ -56,23 +56,26 @@ if [ -n "${HYBRIDZOO_TORCH:-}" ] || ! has_torch "$venv_python"; then
         "$venv_python" -m pip install -qq "${torch[@]}"
 fi
 
-# the compiler of csrc, for the CUDA that torch was built with; a torch without CUDA wants none
+# a torch with CUDA wants the compiler of csrc for that CUDA. To one without, dev brings what compiles every
+# kernel all the same: Triton as the kernels were measured with it, whose interpreter the tests know
 cuda=$("$venv_python" -c 'import torch; print((torch.version.cuda or "").partition(".")[0])')
-compiler=()
+compilers=()
 if [ -n "$cuda" ]; then
     extra=${extra:+$extra,}cuda
-    compiler=("cuda-bindings==$cuda.*")
+    compilers=("cuda-bindings==$cuda.*")
+elif [ "$extra" = dev ] && [ "$(uname)" = Linux ]; then
+    compilers=("triton==3.6.*")
 fi
 
 # compat: a path, not an import hook, so that the clone's own folder does not hide the package from a
 # Python that runs beside it.
 # nothing is installed again while what decides it is the same
-key=$({ pwd; "$venv_python" --version; echo "$cuda"; cat pyproject.toml setup.py; } | "$venv_python" -c \
+key=$({ pwd; "$venv_python" --version; echo "${compilers[*]-}"; cat pyproject.toml setup.py; } | "$venv_python" -c \
     'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
 stamp=.venv/hybridzoo-${extra:-core}.stamp
 if [ "$(cat "$stamp" 2>/dev/null)" != "$key" ]; then
     step "installing hybridzoo${extra:+[$extra]} and what it needs" \
         "$venv_python" -m pip install -qq --config-settings editable_mode=compat \
-        --editable ".${extra:+[$extra]}" ${compiler[@]+"${compiler[@]}"}
+        --editable ".${extra:+[$extra]}" ${compilers[@]+"${compilers[@]}"}
     printf '%s\n' "$key" >"$stamp"
 fi

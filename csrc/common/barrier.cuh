@@ -1,5 +1,5 @@
-// A barrier in shared memory at which warps arrive early and wait later. Phases follow each other; a
-// wait names its phase by its parity.
+// A barrier in shared memory at which warps arrive early and wait later. Phases follow each other;
+// a wait names its phase by its parity.
 #pragma once
 
 __device__ __forceinline__ unsigned shared_address(const void* p) {

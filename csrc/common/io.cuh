@@ -1,6 +1,7 @@
 // Tensors of one element type between global memory, as packed words, and registers, as floats.
 //   DTYPE    the element: FP32, BF16 or FP16
-//   ALIGNED  1 where every pointer and stride is a multiple of 16 bytes and no run of COUNT elements is cut off
+//   ALIGNED  1 where every pointer and stride is a multiple of 16 bytes and no run of COUNT
+//   elements is cut off
 #pragma once
 
 #define FP32 0
@@ -83,8 +84,8 @@ __device__ __forceinline__ void store_packed(element* to, const Packed<COUNT>& p
     if constexpr (COUNT * sizeof(element) >= 16) {
 #pragma unroll
         for (int w = 0; w < Packed<COUNT>::WORDS; w += 4)
-            reinterpret_cast<uint4*>(to)[w / 4] =
-                make_uint4(packed.words[w], packed.words[w + 1], packed.words[w + 2], packed.words[w + 3]);
+            reinterpret_cast<uint4*>(to)[w / 4] = make_uint4(
+                packed.words[w], packed.words[w + 1], packed.words[w + 2], packed.words[w + 3]);
         return;
     } else if constexpr (COUNT * sizeof(element) == 8) {
         *reinterpret_cast<uint2*>(to) = make_uint2(packed.words[0], packed.words[1]);
@@ -126,7 +127,9 @@ __device__ __forceinline__ Packed<COUNT> pack(const float (&values)[COUNT]) {
     for (int w = 0; w < Packed<COUNT>::WORDS; ++w) {
         float high = 2 * w + 1 < COUNT ? values[2 * w + 1] : 0.0f;
 #if DTYPE == BF16
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed.words[w]) : "f"(high), "f"(values[2 * w]));
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;"
+            : "=r"(packed.words[w])
+            : "f"(high), "f"(values[2 * w]));
 #else
         asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed.words[w]) : "f"(high), "f"(values[2 * w]));
 #endif

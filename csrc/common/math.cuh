@@ -5,6 +5,8 @@ constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LOG2E_LOW = 1.925963e-8f;  // what fp32 leaves off it
 constexpr float LN2 = 0.6931471805599453f;
 
+__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
+
 // 2 ** x: one instruction, error 2 ** -22; results below 2 ** -126 are zero.
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -15,8 +17,10 @@ __device__ __forceinline__ float exp2_approx(float x) {
 // exp(x), off by |x| / 2 ** 24 besides: what rounding the exponent to fp32 costs.
 __device__ __forceinline__ float exp_approx(float x) { return exp2_approx(LOG2E * x); }
 
-// exp(x) without that: the rest of the exponent, in two parts, is multiplied in.
+// exp(x) without that: the rest of the exponent, in two parts, is multiplied in. x is at most 88;
+// below -126 the result is zero, and so is the rest, which would be infinite.
 __device__ __forceinline__ float exp_accurate(float x) {
+    x = x < -126.0f ? -126.0f : x;
     const float exponent = LOG2E * x;
     const float rest = fmaf(x, LOG2E_LOW, fmaf(x, LOG2E, -exponent));
     const float power = exp2_approx(exponent);
@@ -34,11 +38,10 @@ __device__ __forceinline__ float reciprocal(float x) {
 // 1.8e-7 of the value in fp32. log2(1 + e) would lose what a small e adds to 1.
 template <int FROM, int TO>
 __device__ __forceinline__ float softplus_terms(float sum, float e) {
-    constexpr float TERMS[] = {0.99999997f,   -0.499994931f, 0.333190968f,
-                               -0.248429822f, 0.191060068f,  -0.136632458f,
+    constexpr float TERMS[] = {0.99999997f,   -0.499994931f,  0.333190968f,
+                               -0.248429822f, 0.191060068f,   -0.136632458f,
                                0.0782259521f, -0.0295052389f, 0.0052326943f};
 #pragma unroll
     for (int k = FROM; k >= TO; --k) sum = fmaf(sum, e, TERMS[k]);
     return sum;
 }
-

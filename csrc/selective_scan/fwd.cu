@@ -2,20 +2,21 @@
 //
 //     h[t] = exp(dt[t] A) h[t-1] + dt[t] B[t] x[t]          y[t] = (C[t] h[t] + D x[t]) silu(z[t])
 //
-// The exponential is the limit: one for each token, channel and state, 16 a clock and multiprocessor.
-// So states stay in registers while a thread walks through time, and what is not of a state is done
-// once: a lane reads VEC channels of one token as a vector, makes floats (dt, dt x) of them in shared
-// memory, and later gates the sums over states and writes them. As walker it has CPT channels and SPT
-// states of each; LANES lanes share a channel. Those two jobs take turns within every token, on
-// neighbouring tiles of T tokens: while tile k is walked, tile k + 1 is prepared in its first half and
-// tile k - 1 written in its second. Were they phases of their own, all warps would fall into step, and
-// the exponential unit would wait in two of three. A warp needs the others of its block only for B and
-// C, which they share: one barrier a tile.
+// The exponential is the limit: one for each token, channel and state, 16 a clock and
+// multiprocessor. So states stay in registers while a thread walks through time, and what is not of
+// a state is done once: a lane reads VEC channels of one token as a vector, makes floats (dt, dt x)
+// of them in shared memory, and later gates the sums over states and writes them. As walker it has
+// CPT channels and SPT states of each; LANES lanes share a channel. Those two jobs take turns
+// within every token, on neighbouring tiles of T tokens: while tile k is walked, tile k + 1 is
+// prepared in its first half and tile k - 1 written in its second, in eight stages an element, so
+// that the exponential unit is asked for little and often. A warp needs the others of its block
+// only for B and C, which they share: one barrier a tile, at which they arrive half a tile before
+// they wait.
 //
 // A long sequence with few channels is cut into segments of whole tiles, which run side by side:
 // selective_scan_ends, compiled with ENDS = 1, finds the state with which each segment would end
-// had it begun at zero, and its sum of step sizes, of which the decay over the segment is made; then
-// each segment of selective_scan_fwd begins from what those before it left.
+// had it begun at zero, and its sum of step sizes, of which the decay over the segment is made;
+// then each segment of selective_scan_fwd begins from what those before it left.
 //
 //   DTYPE ALIGNED   see io.cuh
 //   SPT CPT LANES   states and channels a thread, lanes a channel; SPT * LANES >= d_state
@@ -37,26 +38,27 @@
 
 constexpr int T = TOKENS;
 constexpr int N_PAD = SPT * LANES;
-constexpr int CH = 32 / LANES * CPT;        // channels a warp
-constexpr int BLOCK_CH = CH * WARPS;        // channels a block
-constexpr int VEC = CH * T / 32;            // channels of one token that a lane prepares and writes
+constexpr int CH = 32 / LANES * CPT;  // channels a warp
+constexpr int BLOCK_CH = CH * WARPS;  // channels a block
+constexpr int VEC = CH * T / 32;      // channels of one token that a lane prepares and writes
 constexpr int AT_ONCE = VEC % 2 ? VEC : 2 > CPT ? 2 : CPT;  // of those, between two tokens
-constexpr int ROW_LANES = CH / VEC;         // lanes a token
-constexpr int STEP_ROW = 2 * CH + 4;        // floats a token of (dt, dt x); 4 spread the banks
-constexpr int SUM_ROW = 32 * CPT + 4;       // floats a token of sums over SPT states
+constexpr int ROW_LANES = CH / VEC;                         // lanes a token
+constexpr int STEP_ROW = 2 * CH + 4;   // floats a token of (dt, dt x); 4 spread the banks
+constexpr int SUM_ROW = 32 * CPT + 4;  // floats a token of sums over SPT states
 constexpr int THREADS = 32 * WARPS;
-// elements of B, or of C, that a thread reads of a tile; where threads outnumber them, some read none
+// elements of B, or of C, that a thread reads of a tile; where threads outnumber them, some read
+// none
 constexpr int MAPS = T * N_PAD > THREADS ? T * N_PAD / THREADS : 1;
 static_assert(32 % LANES == 0 && CH % VEC == 0 && VEC % CPT == 0 && VEC >= 1, "mapping");
 static_assert(N_PAD % MAPS == 0 && SPT % 2 == 0 && T % 2 == 0, "mapping");
 
 struct Shared {
     // of two tiles, or three, in turn; two rows more than tokens, as the walk reads ahead
-    float step[2][WARPS][(T + 2) * STEP_ROW];
+    float step[2][WARPS * (T + 2) * STEP_ROW];
     float B[3][(T + 2) * N_PAD];
 #if !ENDS
     float C[3][(T + 2) * N_PAD];
-    float sum[2][WARPS][T * SUM_ROW];
+    float sum[2][WARPS * T * SUM_ROW];
     float D[BLOCK_CH];
 #endif
     float dt_bias[BLOCK_CH];
@@ -97,10 +99,10 @@ __device__ __forceinline__ void write_row(float* to, const float (&from)[N]) {
 // A thread as walker.
 struct Walker {
     float h[CPT][SPT];
-    float A[CPT][SPT];                   // times log2(e)
-    float dt_sum[CPT];                   // of selective_scan_ends
-    int n_channels, n_states, d_state;   // those that exist of CPT and of SPT; the model's
-    int step_at, map_at, sum_at;         // where its operands and sums lie in a row
+    float A[CPT][SPT];                  // times log2(e)
+    float dt_sum[CPT];                  // of selective_scan_ends
+    int n_channels, n_states, d_state;  // those that exist of CPT and of SPT; the model's
+    int step_at, map_at, sum_at;        // where its operands and sums lie in a row
 
     // of the token that is walked, all; of the one behind it, dt and the decays; of the one behind
     // that, dt
@@ -126,9 +128,9 @@ struct Walker {
                 if (k < n_channels && n < n_states) to[k * d_state + n] = h[k][n];
     }
 
-    __device__ __forceinline__ void read_step(float (&to)[2 * CPT], const Shared& shared, int buffer,
-                                              int t) const {
-        read_row(to, &shared.step[buffer][0][t * STEP_ROW + step_at]);
+    __device__ __forceinline__ void read_step(float (&to)[2 * CPT], const Shared& shared,
+                                              int buffer, int t) const {
+        read_row(to, &shared.step[buffer][t * STEP_ROW + step_at]);
     }
 
     __device__ __forceinline__ void begin(const Shared& shared, int buffer, int maps, int t) {
@@ -172,7 +174,7 @@ struct Walker {
 #if ENDS
             dt_sum[k] += step[2 * k];
 #else
-            shared.sum[buffer][0][t * SUM_ROW + sum_at + k] = sum[k];
+            shared.sum[buffer][t * SUM_ROW + sum_at + k] = sum[k];
 #endif
 #pragma unroll
         for (int k = 0; k < 2 * CPT; ++k) step[k] = next_step[k], next_step[k] = later_step[k];
@@ -188,11 +190,12 @@ struct Walker {
 
 // A lane as reader of VEC channels of token `token` of each tile, and as writer of the same.
 struct Clerk {
-    int token, column, step_at, sum_at;  // its token, its first channel of the block's; where in a row
+    int token, column, step_at,
+        sum_at;  // its token, its first channel of the block's; where in a row
     float dt_min, dt_max;
-    Packed<VEC> x, dt, late_x, z;        // of the tile to be prepared; of the tile to be written
+    Packed<VEC> x, dt, late_x, z;  // of the tile to be prepared; of the tile to be written
     Packed<MAPS> B, C;
-    float value, power, total, value_z, gate;          // of the element in work
+    float value, power, total, value_z, gate;  // of the element in work
     float bias[AT_ONCE], pairs[2 * AT_ONCE], sums[AT_ONCE * LANES], skip[AT_ONCE];
     float out[VEC];
 
@@ -203,7 +206,8 @@ struct Clerk {
         static_assert(T / 2 * SPT * CPT * AT_A_SLOT == 8 * VEC * EVERY, "eight stages an element");
         if (slot % EVERY == 0)
 #pragma unroll
-            for (int item = slot / EVERY * AT_A_SLOT; item < slot / EVERY * AT_A_SLOT + AT_A_SLOT; ++item)
+            for (int item = slot / EVERY * AT_A_SLOT; item < slot / EVERY * AT_A_SLOT + AT_A_SLOT;
+                 ++item)
                 stage(item / 8, item % 8);
     }
 
@@ -225,19 +229,20 @@ struct Clerk {
 #endif
         if (stage == 7) {
 #if LIMITS
-            value = fminf(fmaxf(value, dt_min), dt_max);
+            // not fmaxf and fminf, which would make a number of NaN
+            value = value < dt_min ? dt_min : value;
+            value = value > dt_max ? dt_max : value;
 #endif
             pairs[2 * j] = value;
             pairs[2 * j + 1] = value * unpack(x, k);
-            if (j == AT_ONCE - 1)
-                write_row(&shared.step[buffer][0][step_at + 2 * (k - j)], pairs);
+            if (j == AT_ONCE - 1) write_row(&shared.step[buffer][step_at + 2 * (k - j)], pairs);
         }
     }
 
     // behind the last token nothing decays, and nothing is added
     __device__ __forceinline__ void prepare_nothing(Shared& shared, int buffer) const {
         const float pairs[2 * VEC] = {};
-        write_row(&shared.step[buffer][0][step_at], pairs);
+        write_row(&shared.step[buffer][step_at], pairs);
     }
 
     __device__ __forceinline__ void prepare_maps(Shared& shared, int maps) const {
@@ -259,7 +264,7 @@ struct Clerk {
         const int j = k % AT_ONCE;
         if (stage == 1 && k > 0) finish_last(k - 1);
         if (stage == 2 && j == 0) {
-            read_row(sums, &shared.sum[buffer][0][sum_at + k * LANES]);
+            read_row(sums, &shared.sum[buffer][sum_at + k * LANES]);
             read_row(skip, &shared.D[column + k]);
         }
 #if GATED
@@ -292,25 +297,23 @@ struct Clerk {
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 #if ENDS
-selective_scan_ends
+    selective_scan_ends
 #else
-selective_scan_fwd
+    selective_scan_fwd
 #endif
-(
-    const element* __restrict__ x, const element* __restrict__ dt, const float* __restrict__ A,
-    const element* __restrict__ B, const element* __restrict__ C, const float* __restrict__ D,
-    const element* __restrict__ z, const float* __restrict__ dt_bias,
-    const float* __restrict__ initial_state,  // (rows, i, n), a row a sequence
-    const int* __restrict__ cu_seqlens,       // (rows + 1)
-    element* __restrict__ y,                  // (b, l, i)
-    float* __restrict__ final_state,          // like initial_state
-    float* __restrict__ checkpoints,          // (b, l / checkpoint_every, i, n) or null
-    float* __restrict__ ends,                 // (b, segments - 1, i, n), of selective_scan_ends
-    float* __restrict__ dt_sums,              // (b, segments - 1, i); -1: a sequence began in it
-    i64 length, i64 n_channels, i64 group_channels, i64 d_state, i64 n_rows,
-    i64 segment_length, i64 n_segments, i64 checkpoint_every, float dt_min, float dt_max,
-    i64 x_b, i64 x_l, i64 dt_b, i64 dt_l, i64 z_b, i64 z_l,
-    i64 B_b, i64 B_l, i64 B_g, i64 C_b, i64 C_l, i64 C_g) {
+    (const element* __restrict__ x, const element* __restrict__ dt, const float* __restrict__ A,
+     const element* __restrict__ B, const element* __restrict__ C, const float* __restrict__ D,
+     const element* __restrict__ z, const float* __restrict__ dt_bias,
+     const float* __restrict__ initial_state,  // (rows, i, n), a row a sequence
+     const int* __restrict__ cu_seqlens,       // (rows + 1)
+     element* __restrict__ y,                  // (b, l, i)
+     float* __restrict__ final_state,          // like initial_state
+     float* __restrict__ checkpoints,          // (b, l / checkpoint_every, i, n) or null
+     float* __restrict__ ends,                 // (b, segments - 1, i, n), of selective_scan_ends
+     float* __restrict__ dt_sums,  // (b, segments - 1, i); infinity: a sequence began in it
+     i64 length, i64 n_channels, i64 group_channels, i64 d_state, i64 n_rows, i64 segment_length,
+     i64 n_segments, i64 checkpoint_every, float dt_min, float dt_max, i64 x_b, i64 x_l, i64 dt_b,
+     i64 dt_l, i64 z_b, i64 z_l, i64 B_b, i64 B_l, i64 B_g, i64 C_b, i64 C_l, i64 C_g) {
     extern __shared__ float4 memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -386,11 +389,17 @@ selective_scan_fwd
     sequence = 0;
     for (i64 high = n_rows - 1; sequence < high;) {
         const i64 middle = (sequence + high) / 2;
-        if (cu_seqlens[middle + 1] >= start) high = middle; else sequence = middle + 1;
+        if (cu_seqlens[middle + 1] >= start)
+            high = middle;
+        else
+            sequence = middle + 1;
     }
     i64 sequence_end = cu_seqlens[sequence + 1];
 #endif
-    if (blockIdx.y == 0) begin_sequence(); else walker.load(walker.h, nullptr);
+    if (blockIdx.y == 0)
+        begin_sequence();
+    else
+        walker.load(walker.h, nullptr);
 #if !ENDS
     // loads of several segments in flight: they wait for memory once, not once each
 #pragma unroll 8
@@ -403,8 +412,8 @@ selective_scan_fwd
             const float sum = k < walker.n_channels ? dt_sums[at * n_channels + channel + k] : 0.0f;
 #pragma unroll
             for (int n = 0; n < SPT; ++n) {
-                const float kept = sum < 0.0f ? 0.0f : exp2_approx(sum * walker.A[k][n]);
-                walker.h[k][n] = fmaf(kept, walker.h[k][n], end[k][n]);
+                const float kept = exp2_approx(sum * walker.A[k][n]) * walker.h[k][n];
+                walker.h[k][n] = sum == infinity() ? end[k][n] : kept + end[k][n];
             }
         }
     }
@@ -421,7 +430,7 @@ selective_scan_fwd
         clerk.x = load_packed<VEC>(x, valid);
         clerk.dt = load_packed<VEC>(dt, valid);
         x += T * x_l, dt += T * dt_l;
-        if (at + T + clerk.token < count) prefetch(x), prefetch(dt);
+        if (io_valid > 0 && at + T + clerk.token < count) prefetch(x), prefetch(dt);
         const int maps = at + map_token < count ? map_valid : 0;
         clerk.B = load_packed<MAPS>(B, maps);
         B += T * B_l;
@@ -438,7 +447,7 @@ selective_scan_fwd
 #if GATED
         clerk.z = load_packed<VEC>(z, valid);
         z += T * z_l;
-        if (at + T + clerk.token < count) prefetch(z);
+        if (io_valid > 0 && at + T + clerk.token < count) prefetch(z);
 #endif
     };
     auto write = [&](int at) {
@@ -479,7 +488,8 @@ selective_scan_fwd
                 walker.begin(shared, buffer, maps, from);
                 for (int t = from; t < until; ++t) walker.walk(shared, buffer, maps, t, [](int) {});
                 from = until;
-                if (sequence_end >= start + min(at + T, count)) break;
+                const bool is_last = sequence + 1 == n_rows;  // it should end at length
+                if (is_last || sequence_end >= start + min(at + T, count)) break;
 #if !ENDS
                 walker.save(final_state + sequence * states);
 #endif
@@ -515,7 +525,8 @@ selective_scan_fwd
             clerk.prepare_maps(shared, next_maps);
             arrive(&shared.maps_written);
             load_early(at + 2 * T);
-            // or the compiler would move the loads to where they are used, and wait for them there
+            // arrive() has one too: this one is for the compiler, which then spreads the
+            // exponentials
             __syncwarp();
 #pragma unroll
             for (int t = T / 2; t < T; ++t)
@@ -548,12 +559,11 @@ selective_scan_fwd
 #pragma unroll
     for (int k = 0; k < CPT; ++k)
         if (lane % LANES == 0 && k < walker.n_channels)
-            dt_sums[at * n_channels + channel + k] = has_begun ? -1.0f : walker.dt_sum[k];
+            dt_sums[at * n_channels + channel + k] = has_begun ? infinity() : walker.dt_sum[k];
 #else
     const int last = (count + T - 1) / T * T - T;
 #pragma unroll
-    for (int item = 0; item < 8 * VEC; ++item)
-        clerk.finish(shared, buffer ^ 1, item / 8, item % 8);
+    for (int item = 0; item < 8 * VEC; ++item) clerk.finish(shared, buffer ^ 1, item / 8, item % 8);
     clerk.finish_last(VEC - 1);
     write(last);
 #if PACKED

@@ -18,6 +18,9 @@ OPS = sorted(path.stem.removeprefix("interpreted_") for path in HERE.glob("inter
 def test_interpreted_kernels_are_right(op):
     if triton is None:
         pytest.skip("triton is not installed")
+    # scripts/install.sh brings 3.6; interpreters since refuse masks that a GPU takes
+    if not triton.__version__.startswith("3.6."):
+        pytest.skip(f"the interpreter of Triton {triton.__version__} is not that of 3.6")
     done = subprocess.run(
         [sys.executable, "-m", "tests.kernels.interpreted", op],
         cwd=HERE.parents[1],

@@ -1,13 +1,16 @@
 """selective_scan: every backend against a step-by-step oracle, and the adjoint against numbers."""
 
 import time
+from math import inf
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from hybridzoo.errors import BackendError
 from hybridzoo.kernels.dispatch import use
-from hybridzoo.kernels.selective_scan import backward, reference, selective_scan
+from hybridzoo.kernels.selective_scan import backward, cuda, reference, selective_scan
+from tests.kernels import sass
 from tests.kernels.compare import (
     Call,
     assert_same,
@@ -151,7 +154,7 @@ def test_softplus_is_exact_at_large_steps():
 @pytest.mark.parametrize("length", [1, 2, 3, 63, 64, 65, 127, 129])
 @pytest.mark.parametrize("backend", compiled_backends)
 def test_lengths_round_a_tile(backend, length):
-    call = scan_inputs((2, length, 40, 1, 16), torch.bfloat16, cuda())
+    call = scan_inputs((2, length, 40, 1, 16), torch.bfloat16, cuda_device())
     check_backend(selective_scan, naive_selective_scan, backend, call, torch.bfloat16)
 
 
@@ -249,7 +252,7 @@ def test_five_runs_give_the_same_bits(backend, device):
         assert all(torch.equal(again[name], first[name]) for name in first)
 
 
-def cuda():
+def cuda_device():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
     return torch.device("cuda")
@@ -261,7 +264,7 @@ def cuda():
 def test_inputs_pass_2_to_the_31_elements(backend, far):
     """x, dt and z lie in one buffer whose strides carry them past 2^31 elements."""
     b, l = (1, 70_001) if far == "tokens" else (3, 129)
-    call = scan_inputs((b, l, 64, 1, 16), torch.bfloat16, cuda())
+    call = scan_inputs((b, l, 64, 1, 16), torch.bfloat16, cuda_device())
     skip_unless_supported(selective_scan, backend, call)
     # 9 GB; 7 GB
     buffer = torch.zeros(l * 2**16 if far == "tokens" else b * 1_200_000_128, device="cuda",
@@ -280,7 +283,7 @@ def test_inputs_pass_2_to_the_31_elements(backend, far):
 def test_outputs_pass_2_to_the_31_elements(backend):
     # 2.2e9 elements, 4.5 GB a tensor; the reference would hold several of them in fp32
     i, l, tail = 8192, 272_000, 1000
-    device = cuda()
+    device = cuda_device()
     x, dt, z = (torch.randn(1, l, i, device=device, dtype=torch.bfloat16) for _ in range(3))
     B, C = (torch.randn(1, l, 1, 16, device=device, dtype=torch.bfloat16) for _ in range(2))
     A = -torch.rand(i, 16, device=device)
@@ -302,7 +305,7 @@ def test_outputs_pass_2_to_the_31_elements(backend):
 def test_compiled_graphs_hold_the_scan_whole(backend, compiler, monkeypatch):
     # torch cannot trace the functions that fill what torch.empty returns
     monkeypatch.undo()
-    call = packed_inputs(True, torch.bfloat16, cuda())
+    call = packed_inputs(True, torch.bfloat16, cuda_device())
     skip_unless_supported(selective_scan, backend, call)
 
     def doubled(x, **arguments):
@@ -353,11 +356,195 @@ def test_gradients_without_a_kernel_are_a_proper_op(options, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", compiled_backends)
 def test_raw_launches_are_proper_ops(backend):
-    call = scan_inputs((2, 9, 6, 2, 4), torch.float32, cuda())
+    call = scan_inputs((2, 9, 6, 2, 4), torch.float32, cuda_device())
     skip_unless_supported(selective_scan, backend, call)
     op = getattr(torch.ops.hybridzoo, f"selective_scan_{backend}").default
     for each in (call, call.having(D=None, z=None), packed_inputs(False, torch.bfloat16, "cuda")):
         check_raw_op(op, each)
+
+
+ALONG = ("x", "dt", "B", "C", "z")
+WAVE, MANY = cuda.Mapping(8, 1, 16, 16), cuda.Mapping(8, 1, 4, 16, min_blocks=4)
+FEW, FEWEST = cuda.Mapping(4, 1, 4, 32), cuda.Mapping(4, 1, 4, 16)
+STATES_64 = cuda.Mapping(8, 2, 4, 8, min_blocks=2)
+# the shapes that are measured (scripts/bench), (b, i, l, n), and such as bound a branch
+CHOICES = {
+    (1, 1536, 2048, 16): MANY._replace(n_segments=16),
+    (8, 4096, 2048, 16): WAVE,
+    (32, 1536, 2048, 16): MANY,
+    (64, 1536, 512, 16): MANY,
+    (1, 8192, 8192, 16): MANY,
+    (1, 8192, 16384, 16): MANY,
+    (1, 4096, 65536, 16): FEW,
+    (4, 16384, 4096, 16): MANY,
+    (4, 2048, 1000, 16): MANY,
+    (8, 4096, 100, 16): WAVE,
+    (2, 256, 2048, 16): FEWEST._replace(n_segments=16),
+    (4, 2048, 2048, 64): STATES_64,
+    (2, 4096, 2048, 32): MANY,
+    # as many segments as give three warps a scheduler, of 128 tokens at least
+    (1, 1536, 65536, 16): MANY._replace(n_segments=16),
+    (1, 512, 65536, 16): MANY._replace(n_segments=49),
+    (1, 640, 4096, 16): MANY._replace(n_segments=32),
+    (1, 512, 4096, 16): FEWEST._replace(n_segments=32),
+    (1, 4096, 255, 16): MANY,
+    (1, 4096, 256, 16): FEW,
+    (1, 8192, 1000, 4): FEW,
+    (1, 64, 0, 16): MANY,
+    (1, 64, 1, 16): MANY,
+    (0, 64, 100, 16): MANY,
+    (0, 64, 1000, 16): FEWEST._replace(n_segments=7),
+    (0, 64, 1000, 64): STATES_64,
+}
+
+
+@pytest.mark.parametrize("shape", CHOICES, ids=str)
+def test_mapping_of_a_shape_on_132_multiprocessors(shape, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: sass.HOPPER)
+    b, i, l, n = shape
+    assert cuda.choose((b, l, i), n, torch.device("cuda")) == CHOICES[shape]
+
+
+def test_mappings_fit_the_shared_memory_of_a_small_gpu(monkeypatch):
+    small = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=101376)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: small)
+    for (b, i, l, n), fastest in CHOICES.items():
+        mapping = cuda.choose((b, l, i), n, torch.device("cuda"))
+        assert cuda._shared_bytes(mapping, n, False) <= 101376
+        assert mapping == fastest or cuda._shared_bytes(fastest, n, False) > 101376
+
+
+MAPPINGS = [(WAVE, 16), (MANY, 16), (FEW, 16), (FEWEST, 16), (STATES_64, 64), (MANY, 5)]
+every_mapping = pytest.mark.parametrize(
+    ("mapping", "n"), MAPPINGS, ids=["wave", "many", "few", "fewest", "n64", "n5"]
+)
+LENGTH = 397
+# one pack's sequences end on the borders of tiles, of two segments (200, 208, 224) and of five (80
+# and 96 tokens each), beside them, and four at one place; another's longest passes all borders
+PACKS = {
+    "rows": None,
+    "short": [0, 8, 8, 0, 0, 0, 16, 31, 1, 16, 16, 1, 63, 32, 1, 7, 8, 16, 15, 1, 48, 0, 1, 31, 64,
+              13, 0, 0],
+    "long": [5, 388, 0, 4],
+}  # fmt: skip
+every_layout = pytest.mark.parametrize("lengths", PACKS.values(), ids=PACKS)
+every_cut = pytest.mark.parametrize("n_segments", [1, 2, 5])
+
+
+def scan_arguments(n, lengths, has_state=True, length=LENGTH):
+    """Two groups of channels, no multiple of a block's, in two rows or in one pack."""
+    assert lengths is None or sum(lengths) == length
+    shape = (1 if lengths else 2, length, 2 * 136, 2, n)
+    call = scan_inputs(shape, torch.float32, "cpu", has_state, lengths and len(lengths))
+    return call.having(cu_seqlens=pack(lengths)) if lengths else call
+
+
+def launch(call, mapping, checkpoint_every=0):
+    """y, final_state and checkpoints of the CUDA kernel, on the CPU."""
+    skip_unless_supported(selective_scan, "cuda", on(cuda_device(), call))
+    given = on(cuda_device(), call).arguments
+    limits = given.get("dt_limit", (0.0, inf))
+    names = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state", "cu_seqlens")
+    arguments = cuda.Arguments(*(given.get(k) for k in names), given["dt_softplus"], *limits)
+    return tuple(t.cpu() for t in cuda.launch(arguments, mapping, checkpoint_every))
+
+
+def on(device, call):
+    moved = {k: t.to(device) for k, t in call.arguments.items() if isinstance(t, torch.Tensor)}
+    return call.having(**moved)
+
+
+def assert_rows_near(got, want, limit=1e-5):
+    """Each row by its norm: one that is wrong would hide in the norm of all."""
+    assert got.shape == want.shape
+    error = (got.double() - want).flatten(1).norm(dim=1)
+    allowed = limit * want.flatten(1).norm(dim=1)
+    # not error > allowed, so that a NaN fails
+    wrong = ~(error <= allowed)
+    assert not wrong.any(), f"rows {wrong.nonzero().flatten().tolist()} of {len(wrong)}"
+
+
+def true_states(call, length=LENGTH):
+    """The reference's states in float64 before every 32nd token, (b, k, i, n).
+
+    In a pack that is the state of the token before, of whatever sequence has it.
+    """
+    wide, states = call.to(torch.float64).arguments, []
+    ends = wide.get("cu_seqlens")
+    for place in range(0, length, 32):
+        head = Call({**wide, **{k: wide[k][:, :place] for k in ALONG}})
+        if ends is None:
+            states.append(outputs(head, "reference")[1])
+        else:
+            _, final = outputs(head.having(cu_seqlens=ends.clamp(max=place)), "reference")
+            # the first whose end is not before the place
+            states.append(final[(ends[1:] < place).sum()][None])
+    return torch.stack(states, 1)
+
+
+@pytest.mark.parametrize("lengths", [PACKS["short"], PACKS["long"]], ids=["short", "long"])
+def test_states_before_tokens_of_a_pack_are_those_of_sequences_cut_there(lengths):
+    """The truth that checkpoints are held to; it needs no GPU."""
+    shape = (1, LENGTH, 4, 2, 3)
+    call = scan_inputs(shape, n_seqs=len(lengths)).having(cu_seqlens=pack(lengths))
+    a, got, start = call.arguments, true_states(call), 0
+    seen = {0}
+    torch.testing.assert_close(got[0, 0], a["initial_state"][0])
+    for s, length in enumerate(lengths):
+        for place in range(start + 1, start + length + 1):
+            if place % 32 == 0 and place < LENGTH:
+                alone = {k: a[k][:, start:place] for k in ALONG}
+                state = a["initial_state"][s : s + 1]
+                cut = call.having(**alone, initial_state=state, cu_seqlens=None)
+                _, want = naive_selective_scan(**cut.arguments)
+                torch.testing.assert_close(got[:, place // 32], want)
+                seen.add(place // 32)
+        start += length
+    assert seen == set(range(got.shape[1]))
+
+
+@pytest.mark.gpu
+@every_layout
+@every_cut
+@every_mapping
+def test_mappings_and_segments_change_nothing(mapping, n, n_segments, lengths):
+    call = scan_arguments(n, lengths)
+    y, final_state, checkpoints = launch(call, mapping._replace(n_segments=n_segments))
+    check_outputs(call, y, final_state)
+    assert checkpoints.shape[1] == 0
+
+
+def check_outputs(call, y, final_state):
+    want_y, want_state = outputs(call.to(torch.float64), "reference")
+    assert_rows_near(y.flatten(0, 1), want_y.flatten(0, 1))
+    assert_rows_near(final_state, want_state)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("has_state", [False, True], ids=["cold", "warm"])
+@every_layout
+@every_cut
+@every_mapping
+def test_checkpoints_are_the_states_before(mapping, n, n_segments, lengths, has_state):
+    call, mapping = scan_arguments(n, lengths, has_state), mapping._replace(n_segments=n_segments)
+    y, final_state, checkpoints = launch(call, mapping, checkpoint_every=32)
+    check_outputs(call, y, final_state)
+    want = true_states(call)
+    assert checkpoints.shape == want.shape
+    assert_rows_near(checkpoints.flatten(0, 1), want.flatten(0, 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [0, 1, 31, 32, 33])
+@every_mapping
+def test_short_rows_have_fewer_segments(mapping, n, length):
+    call, mapping = scan_arguments(n, None, length=length), mapping._replace(n_segments=5)
+    y, final_state, checkpoints = launch(call, mapping, checkpoint_every=32)
+    check_outputs(call, y, final_state)
+    assert checkpoints.shape[1] == -(-length // 32)
+    if length:
+        want = true_states(call, length)
+        assert_rows_near(checkpoints.flatten(0, 1), want.flatten(0, 1))
 
 
 @pytest.mark.parametrize("length", [0, 1])

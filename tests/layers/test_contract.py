@@ -47,8 +47,9 @@ def test_a_token_changes_nothing_before_it(name):
     difference = (layer(changed, None, PLAIN) - layer(x, None, PLAIN)).abs().amax((0, 2))
     assert difference[:5].max() < 1e-12
     assert difference[5] > 1e-6
-    # a mixer carries it on; the others look at one token at a time
-    assert (difference[6:9] > 1e-6).all() if name in MIXERS else not difference[6:].any()
+    # a mixer carries it on; the others look at one token at a time, though experts multiply other
+    # rows together, which rounds differently on some processors
+    assert (difference[6:9] > 1e-6).all() if name in MIXERS else difference[6:].max() < 1e-12
 
 
 @every_mixer
@@ -146,6 +147,21 @@ def test_packed_sequences_equal_separate_ones_through_warm_states(name, grad):
         assert_close(layer(x, pool, packed(LENGTHS)), torch.cat(separate, 1))
     for i, one in enumerate(ones):
         assert_states_equal(rows(pool, i), one, **TOLERANCE)
+
+
+@every_mixer
+def test_a_pack_of_one_token_is_no_step(name):
+    """Its states have a row a sequence, of which two have no token; gradients rule a step out."""
+    layer = make_layer(name)
+    past, x, ctx = randn(3, 7, D_MODEL), randn(1, 1, D_MODEL, seed=1), packed([0, 1, 0])
+    pool = layer.init_state(3, 16)
+    layer(past, pool, PLAIN)
+    pool = pool.map(torch.Tensor.detach)
+    expected = pool.map(torch.clone)
+    y = layer(x, expected, ctx)
+    with torch.no_grad():
+        assert_close(layer(x, pool, ctx), y)
+    assert_states_equal(pool, expected, **TOLERANCE)
 
 
 @every_mixer

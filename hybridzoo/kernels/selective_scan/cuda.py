@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hybridzoo.errors import BackendError
 from hybridzoo.kernels import loader
 from hybridzoo.kernels.selective_scan import backward
 
@@ -13,6 +14,8 @@ SOURCE = "selective_scan/fwd.cu"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_STATES = 64
 LANES = 32
+# of a grid along y
+MAX_SEGMENTS = 65535
 
 
 class Arguments(NamedTuple):
@@ -168,21 +171,26 @@ def choose(shape: tuple[int, ...], n: int, device: torch.device) -> Mapping:
     b, l, i = shape
     if n > 32:
         return Mapping(8, 2, 4, 8, min_blocks=2)
-    n_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    gpu = torch.cuda.get_device_properties(device)
+    n_sms, room = gpu.multi_processor_count, gpu.shared_memory_per_block_optin
     warps = b * i / Mapping(8, 1, 4, 16).width(n)
-    if 0.95 * n_sms < warps / 16 <= n_sms:
-        # one wave of blocks as large as a multiprocessor: all of them end together
-        return Mapping(8, 1, 16, 16)
     a_scheduler = warps / (4 * n_sms)
+    # one wave of blocks as large as a multiprocessor: all of them end together
+    wave = Mapping(8, 1, 16, 16)
+    if 0.95 * n_sms < warps / 16 <= n_sms and _shared_bytes(wave, n, False) <= room:
+        return wave
+    # a whole channel a thread wants some registers more
+    min_blocks = 4 if n > 8 else 3
     if a_scheduler > 0.9 or l < 256:
-        return Mapping(8, 1, 4, 16, min_blocks=4)
-    if a_scheduler > 0.45:
-        return Mapping(4, 1, 4, 32)
-    if a_scheduler * l / 128 < 2:
-        return Mapping(4, 1, 4, 16, n_segments=l // 128)
+        return Mapping(8, 1, 4, 16, min_blocks=min_blocks)
+    few = Mapping(4, 1, 4, 32)
+    if a_scheduler > 0.45 and _shared_bytes(few, n, False) <= room:
+        return few
+    n_segments = min(l // 128, MAX_SEGMENTS)
+    if a_scheduler * n_segments < 2:
+        return Mapping(4, 1, 4, 16, n_segments)
     # some three warps a scheduler
-    n_segments = min(int(3 / a_scheduler), l // 128)
-    return Mapping(8, 1, 4, 16, n_segments, min_blocks=4)
+    return Mapping(8, 1, 4, 16, min(int(3 / a_scheduler), n_segments), min_blocks)
 
 
 def launch(
@@ -198,7 +206,11 @@ def launch(
 
     Returns:
         y; final_state; checkpoints, (b, ceil(l / checkpoint_every), i, n) fp32.
+
+    Raises:
+        BackendError: a tensor has not the contract's shape.
     """
+    _check_shapes(given)
     given = _laid_out(given)
     x, A, cu_seqlens = given.x, given.A, given.cu_seqlens
     (b, l, i), n = x.shape, A.shape[1]
@@ -221,12 +233,34 @@ def launch(
     groups = given.B.shape[2]
     blocks = b * groups * -(-(i // groups) // (mapping.width(n) * mapping.warps))
     for name, is_ends, grid_y in (("ends", 1, n_segments - 1), ("fwd", 0, n_segments)):
-        if grid_y:
+        # a pack of no sequences has nothing to walk
+        if grid_y and rows:
             macros = {**defines, "ENDS": is_ends}
             kernel = loader.load(SOURCE, f"selective_scan_{name}", macros, x.device)
             shared = _shared_bytes(mapping, n, bool(is_ends))
             kernel((blocks, grid_y, 1), LANES * mapping.warps, shared, *arguments)
     return y, final_state, checkpoints
+
+
+def _check_shapes(given: Arguments) -> None:
+    """Refuse what the kernel would read beyond."""
+    (b, l, i), n, g = given.x.shape, given.A.shape[1], given.B.shape[2]
+    rows = b if given.cu_seqlens is None else given.cu_seqlens.shape[0] - 1
+    wanted = {
+        "dt": (b, l, i), "A": (i, n), "B": (b, l, g, n), "C": (b, l, g, n), "D": (i,),
+        "z": (b, l, i), "dt_bias": (i,), "initial_state": (rows, i, n),
+    }  # fmt: skip
+    for name, shape in wanted.items():
+        t = getattr(given, name)
+        if t is not None and tuple(t.shape) != shape:
+            raise BackendError(
+                f"selective_scan: {name} is {tuple(t.shape)}; beside x {(b, l, i)} it is {shape}. "
+                "Expand or cut it."
+            )
+    if g == 0 or i % g:
+        raise BackendError(
+            f"selective_scan: B has {g} groups for {i} channels; it must divide them. Change B."
+        )
 
 
 def _laid_out(given: Arguments) -> Arguments:
