@@ -190,8 +190,8 @@ struct Walker {
 
 // A lane as reader of VEC channels of token `token` of each tile, and as writer of the same.
 struct Clerk {
-    int token, column, step_at,
-        sum_at;  // its token, its first channel of the block's; where in a row
+    int token, column;    // its token of a tile, its first channel of the block's
+    int step_at, sum_at;  // where they lie in a buffer
     float dt_min, dt_max;
     Packed<VEC> x, dt, late_x, z;  // of the tile to be prepared; of the tile to be written
     Packed<MAPS> B, C;
