@@ -7,9 +7,6 @@ import torch
 
 # before huggingface_hub reads it: no test asks the real hub; tests/hub_server.py is asked instead
 os.environ["HF_HUB_OFFLINE"] = "1"
-# before MKL's first product: else on some processors a product's rounding depends on where its
-# matrices lie in memory, and tests that want the same bits twice fail there
-os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
