@@ -101,6 +101,42 @@ __device__ __forceinline__ void store_packed(element* to, const Packed<COUNT>& p
         if (k < valid) to[k] = from_bits(packed.words[k / PER_WORD] >> (k % PER_WORD * 16));
 }
 
+// Between shared memory, where all is aligned, and registers: in chunks of 16 bytes that begin
+// STRIDE elements apart, or less than one.
+template <int COUNT, int STRIDE>
+__device__ __forceinline__ Packed<COUNT> read_packed(const element* from) {
+    Packed<COUNT> packed;
+    constexpr int WORDS = Packed<COUNT>::WORDS;
+    static_assert(COUNT * sizeof(element) % 4 == 0 && WORDS != 3, "whole words");
+    if constexpr (WORDS == 1) {
+        packed.words[0] = *reinterpret_cast<const unsigned*>(from);
+    } else if constexpr (WORDS == 2) {
+        uint2 two = *reinterpret_cast<const uint2*>(from);
+        packed.words[0] = two.x, packed.words[1] = two.y;
+    } else {
+#pragma unroll
+        for (int w = 0; w < WORDS; w += 4) {
+            uint4 four = *reinterpret_cast<const uint4*>(from + w / 4 * STRIDE);
+            packed.words[w] = four.x, packed.words[w + 1] = four.y;
+            packed.words[w + 2] = four.z, packed.words[w + 3] = four.w;
+        }
+    }
+    return packed;
+}
+
+// The part-th COUNT elements of some.
+template <int COUNT, int OF>
+__device__ __forceinline__ void write_packed(element* to, const Packed<OF>& packed, int part) {
+    if constexpr (COUNT * sizeof(element) < 4) {
+        static_assert(COUNT == OF, "whole words");
+        *to = from_bits(packed.words[0]);
+    } else {
+#pragma unroll
+        for (int w = 0; w < Packed<COUNT>::WORDS; ++w)
+            reinterpret_cast<unsigned*>(to)[w] = packed.words[part * Packed<COUNT>::WORDS + w];
+    }
+}
+
 template <int COUNT>
 __device__ __forceinline__ float unpack(const Packed<COUNT>& packed, int k) {
 #if DTYPE == FP32

@@ -9,9 +9,10 @@
 // CPT channels and SPT states of each; LANES lanes share a channel. Those two jobs take turns
 // within every token, on neighbouring tiles of T tokens: while tile k is walked, tile k + 1 is
 // prepared in its first half and tile k - 1 written in its second, in eight stages an element, so
-// that the exponential unit is asked for little and often. A warp needs the others of its block
-// only for B and C, which they share: one barrier a tile, at which they arrive half a tile before
-// they wait.
+// that the exponential unit is asked for little and often. A walker reads and makes ahead what its
+// next tokens need, across tiles too. Warps of a block share B and C: one barrier a tile, at which
+// they arrive half a tile before they wait. A team of warps also reads and writes together, in
+// longer rows, and then needs each other's sums: another barrier, half a tile later.
 //
 // A long sequence with few channels is cut into segments of whole tiles, which run side by side:
 // selective_scan_ends, compiled with ENDS = 1, finds the state with which each segment would end
@@ -20,7 +21,8 @@
 //
 //   DTYPE ALIGNED   see io.cuh
 //   SPT CPT LANES   states and channels a thread, lanes a channel; SPT * LANES >= d_state
-//   WARPS TOKENS    warps a block, tokens a tile
+//   WARPS TEAM      warps a block, and of those how many read and write together: 1 or more
+//   TOKENS          tokens a tile
 //   MIN_BLOCKS      blocks that a multiprocessor should hold, for the compiler
 //   SOFTPLUS LIMITS GATED PACKED    whether dt passes softplus, has limits; there is z; cu_seqlens
 //   CHECKPOINTS     whether states are written on the way
@@ -42,27 +44,61 @@ constexpr int CH = 32 / LANES * CPT;  // channels a warp
 constexpr int BLOCK_CH = CH * WARPS;  // channels a block
 constexpr int VEC = CH * T / 32;      // channels of one token that a lane prepares and writes
 constexpr int AT_ONCE = VEC % 2 ? VEC : 2 > CPT ? 2 : CPT;  // of those, between two tokens
-constexpr int ROW_LANES = CH / VEC;                         // lanes a token
-constexpr int STEP_ROW = 2 * CH + 4;   // floats a token of (dt, dt x); 4 spread the banks
-constexpr int SUM_ROW = 32 * CPT + 4;  // floats a token of sums over SPT states
+constexpr int WARP_LANES = CH / VEC;                        // lanes a token, of a warp
+constexpr int ROW_LANES = TEAM * WARP_LANES;                // and of a team
+// 4 floats behind every 32 of the sums, and behind a warp's steps, spread the banks
+__host__ __device__ constexpr int padded(int at) { return at + at / 32 * 4; }
+// floats a token of (dt, dt x), and of sums over SPT states
+constexpr int STEP_WARP = 2 * CH + 4, STEP_ROW = TEAM * STEP_WARP;
+constexpr int SUM_WARP = padded(32 * CPT), SUM_ROW = TEAM * SUM_WARP;
+// What a walker reads of B and C for a token is its states of B, then those of C. Lanes read it in
+// chunks of 16 bytes, or all at once where it is less, and neighbours' chunks lie side by side.
+// Where a thread has two states, reading limits more than instructions do: then halves stay halves.
+constexpr int RUN = ENDS ? SPT : 2 * SPT;
+#if SPT == 2
+typedef element map_element;
+typedef Packed<RUN> Maps;
+#else
+typedef float map_element;
+struct Maps {
+    float values[RUN];
+};
+__device__ __forceinline__ float unpack(const Maps& maps, int k) { return maps.values[k]; }
+#endif
+constexpr int CHUNK = RUN * sizeof(map_element) < 16 ? RUN : 16 / sizeof(map_element);
+// where the at-th element of lane 0's lies
+__host__ __device__ constexpr int in_chunks(int at) {
+    return at / CHUNK * LANES * CHUNK + at % CHUNK;
+}
 constexpr int THREADS = 32 * WARPS;
+constexpr int RING = TEAM > 1 ? 3 : 2;  // tiles of steps and of sums
 // elements of B, or of C, that a thread reads of a tile; where threads outnumber them, some read
 // none
 constexpr int MAPS = T * N_PAD > THREADS ? T * N_PAD / THREADS : 1;
+// of those, that lie side by side
+constexpr int PART = MAPS < SPT ? MAPS < CHUNK ? MAPS : CHUNK : SPT < CHUNK ? SPT : CHUNK;
 static_assert(32 % LANES == 0 && CH % VEC == 0 && VEC % CPT == 0 && VEC >= 1, "mapping");
-static_assert(N_PAD % MAPS == 0 && SPT % 2 == 0 && T % 2 == 0, "mapping");
+static_assert(N_PAD % MAPS == 0 && SPT % 2 == 0 && T % 4 == 0, "mapping");
+
+// of the ends of packs the compiler wants more registers
+constexpr int RESIDENT = ENDS && PACKED && MIN_BLOCKS > 1 ? MIN_BLOCKS - 1 : MIN_BLOCKS;
 
 struct Shared {
-    // of two tiles, or three, in turn; two rows more than tokens, as the walk reads ahead
-    float step[2][WARPS * (T + 2) * STEP_ROW];
-    float B[3][(T + 2) * N_PAD];
+    // of the tile that is walked and of the one that is prepared or written, and of a third for
+    // warps that are behind
+    float step[RING][WARPS / TEAM * T * STEP_ROW];
+    alignas(16) map_element maps[3][T * LANES * RUN];
 #if !ENDS
-    float C[3][(T + 2) * N_PAD];
-    float sum[2][WARPS * T * SUM_ROW];
+    float sum[RING][WARPS / TEAM * T * SUM_ROW];
     float D[BLOCK_CH];
 #endif
     float dt_bias[BLOCK_CH];
-    unsigned long long maps_written;  // a barrier: warps that wrote their part of B and C of a tile
+    // barriers, of warps that wrote their part of a tile: of B and C, and for a team of the steps;
+    // of the team's sums
+    unsigned long long tile_written;
+#if TEAM > 1
+    unsigned long long sums_written;
+#endif
 };
 
 // N floats in a row of shared memory
@@ -96,6 +132,11 @@ __device__ __forceinline__ void write_row(float* to, const float (&from)[N]) {
     }
 }
 
+// Where a tile lies: which buffer of steps and of sums, and which of B and C.
+struct Place {
+    int steps, maps;
+};
+
 // A thread as walker.
 struct Walker {
     float h[CPT][SPT];
@@ -106,10 +147,8 @@ struct Walker {
 
     // of the token that is walked, all; of the one behind it, dt and the decays; of the one behind
     // that, dt
-    float step[2 * CPT], next_step[2 * CPT], B[SPT], decay[CPT][SPT];
-#if !ENDS
-    float C[SPT];
-#endif
+    float step[2 * CPT], next_step[2 * CPT], decay[CPT][SPT];
+    Maps maps;
 
     // from (i, n), this thread's own first; zeros for what does not exist, or where `from` is null
     __device__ __forceinline__ void load(float (&to)[CPT][SPT], const float* from) const {
@@ -133,38 +172,53 @@ struct Walker {
         read_row(to, &shared.step[buffer][t * STEP_ROW + step_at]);
     }
 
-    __device__ __forceinline__ void begin(const Shared& shared, int buffer, int maps, int t) {
-        read_step(step, shared, buffer, t);
-        read_step(next_step, shared, buffer, t + 1);
-        read_row(B, &shared.B[maps][t * N_PAD + map_at]);
-#if !ENDS
-        read_row(C, &shared.C[maps][t * N_PAD + map_at]);
+    __device__ __forceinline__ static Maps read_maps(const map_element* from) {
+#if SPT == 2
+        return read_packed<RUN, LANES * CHUNK>(from);
+#else
+        Maps maps;
+#pragma unroll
+        for (int k = 0; k < RUN; k += CHUNK) {
+            float chunk[CHUNK];
+            read_row(chunk, from + in_chunks(k));
+#pragma unroll
+            for (int j = 0; j < CHUNK; ++j) maps.values[k + j] = chunk[j];
+        }
+        return maps;
 #endif
+    }
+
+    // for the first token of the first tile
+    __device__ __forceinline__ void begin(const Shared& shared, Place here) {
+        read_step(step, shared, here.steps, 0);
+        read_step(next_step, shared, here.steps, 1);
+        maps = read_maps(&shared.maps[here.maps][map_at]);
 #pragma unroll
         for (int k = 0; k < CPT; ++k)
 #pragma unroll
             for (int n = 0; n < SPT; ++n) decay[k][n] = exp2_approx(step[2 * k] * A[k][n]);
     }
 
-    // One token. What the next ones need is read and made meanwhile; after each of its SPT * CPT
-    // states, work(slot) may do something else.
+    // Token t of a tile. What the two behind it need, which may lie in the next tile, is read and
+    // made meanwhile; after each of its SPT * CPT states, work(slot) may do something else.
     template <class Work>
-    __device__ __forceinline__ void walk(Shared& shared, int buffer, int maps, int t, Work work) {
-        float later_step[2 * CPT], next_B[SPT];
-        read_step(later_step, shared, buffer, t + 2);
-        read_row(next_B, &shared.B[maps][(t + 1) * N_PAD + map_at]);
+    __device__ __forceinline__ void walk(Shared& shared, Place here, Place next, int t, Work work) {
+        float later_step[2 * CPT];
+        read_step(later_step, shared, t + 2 < T ? here.steps : next.steps, (t + 2) % T);
+        const Maps next_maps = read_maps(
+            &shared.maps[t + 1 < T ? here.maps : next.maps][(t + 1) % T * LANES * RUN + map_at]);
 #if !ENDS
-        float next_C[SPT], sum[CPT];
-        read_row(next_C, &shared.C[maps][(t + 1) * N_PAD + map_at]);
+        float sum[CPT];
 #endif
 #pragma unroll
         for (int n = 0; n < SPT; ++n) {
 #pragma unroll
             for (int k = 0; k < CPT; ++k) {
-                h[k][n] = fmaf(decay[k][n], h[k][n], step[2 * k + 1] * B[n]);
+                h[k][n] = fmaf(decay[k][n], h[k][n], step[2 * k + 1] * unpack(maps, n));
                 decay[k][n] = exp2_approx(next_step[2 * k] * A[k][n]);
 #if !ENDS
-                sum[k] = n == 0 ? h[k][n] * C[n] : fmaf(h[k][n], C[n], sum[k]);
+                const float C = unpack(maps, SPT + n);
+                sum[k] = n == 0 ? h[k][n] * C : fmaf(h[k][n], C, sum[k]);
 #endif
                 work(n * CPT + k);
             }
@@ -174,24 +228,18 @@ struct Walker {
 #if ENDS
             dt_sum[k] += step[2 * k];
 #else
-            shared.sum[buffer][t * SUM_ROW + sum_at + k] = sum[k];
+            shared.sum[here.steps][t * SUM_ROW + sum_at + k] = sum[k];
 #endif
 #pragma unroll
         for (int k = 0; k < 2 * CPT; ++k) step[k] = next_step[k], next_step[k] = later_step[k];
-#pragma unroll
-        for (int n = 0; n < SPT; ++n) {
-            B[n] = next_B[n];
-#if !ENDS
-            C[n] = next_C[n];
-#endif
-        }
+        maps = next_maps;
     }
 };
 
 // A lane as reader of VEC channels of token `token` of each tile, and as writer of the same.
 struct Clerk {
-    int token, column;    // its token of a tile, its first channel of the block's
-    int step_at, sum_at;  // where they lie in a buffer
+    int token, column;            // its token of a tile, its first channel of the block's
+    int step_at, sum_at, map_at;  // where they lie in a buffer, and what it reads of B and C
     float dt_min, dt_max;
     Packed<VEC> x, dt, late_x, z;  // of the tile to be prepared; of the tile to be written
     Packed<MAPS> B, C;
@@ -245,14 +293,24 @@ struct Clerk {
         write_row(&shared.step[buffer][step_at], pairs);
     }
 
-    __device__ __forceinline__ void prepare_maps(Shared& shared, int maps) const {
-        const int at = threadIdx.x * MAPS;
-        if (T * N_PAD < THREADS && at >= T * N_PAD) return;
+    __device__ __forceinline__ void prepare_maps(Shared& shared, int buffer) const {
+        if (T * N_PAD < THREADS && threadIdx.x * MAPS >= T * N_PAD) return;
 #pragma unroll
-        for (int k = 0; k < MAPS; ++k) {
-            shared.B[maps][at + k] = unpack(B, k);
+        for (int k = 0; k < MAPS; k += PART) {
+            map_element* to = &shared.maps[buffer][map_at + k / SPT * CHUNK + in_chunks(k % SPT)];
+#if SPT == 2
+            write_packed<PART>(to, B, k / PART);
 #if !ENDS
-            shared.C[maps][at + k] = unpack(C, k);
+            write_packed<PART>(to + in_chunks(SPT), C, k / PART);
+#endif
+#else
+#pragma unroll
+            for (int j = 0; j < PART; ++j) {
+                to[j] = unpack(B, k + j);
+#if !ENDS
+                to[in_chunks(SPT) + j] = unpack(C, k + j);
+#endif
+            }
 #endif
         }
     }
@@ -264,7 +322,7 @@ struct Clerk {
         const int j = k % AT_ONCE;
         if (stage == 1 && k > 0) finish_last(k - 1);
         if (stage == 2 && j == 0) {
-            read_row(sums, &shared.sum[buffer][sum_at + k * LANES]);
+            read_row(sums, &shared.sum[buffer][sum_at + padded(k * LANES)]);
             read_row(skip, &shared.D[column + k]);
         }
 #if GATED
@@ -295,7 +353,7 @@ struct Clerk {
 #endif
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 #if ENDS
     selective_scan_ends
 #else
@@ -317,6 +375,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     extern __shared__ float4 memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int team = warp / TEAM, mate = threadIdx.x % (32 * TEAM);
 
     // ---- where: a batch row, a group's channels, a segment's tokens
     const i64 tiles_a_group = (group_channels + BLOCK_CH - 1) / BLOCK_CH;
@@ -330,17 +389,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 
     // ---- as reader and writer
     Clerk clerk;
-    clerk.token = lane / ROW_LANES;
-    clerk.column = warp * CH + lane % ROW_LANES * VEC;
-    clerk.step_at = warp * (T + 2) * STEP_ROW + clerk.token * STEP_ROW + lane % ROW_LANES * VEC * 2;
-    clerk.sum_at = warp * T * SUM_ROW + clerk.token * SUM_ROW + lane % ROW_LANES * VEC * LANES;
+    clerk.token = mate / ROW_LANES;
+    // whose channels it reads and writes, and from which of that warp's
+    const int other = mate % ROW_LANES / WARP_LANES, first = mate % WARP_LANES * VEC;
+    clerk.column = (team * TEAM + other) * CH + first;
+    clerk.step_at = (team * T + clerk.token) * STEP_ROW + other * STEP_WARP + 2 * first;
+    clerk.sum_at = (team * T + clerk.token) * SUM_ROW + other * SUM_WARP + padded(LANES * first);
     clerk.dt_min = dt_min, clerk.dt_max = dt_max;
     const i64 io_channel = block_channel + clerk.column;
     const int io_valid = int(max(min(group_end - io_channel, i64(VEC)), i64(0)));
+    const bool leads = io_valid > 0 && mate % ROW_LANES * VEC * int(sizeof(element)) % 32 == 0;
     x += row * x_b + (start + clerk.token) * x_l + io_channel;
     dt += row * dt_b + (start + clerk.token) * dt_l + io_channel;
     const int map_token = threadIdx.x * MAPS / N_PAD, map_state = threadIdx.x * MAPS % N_PAD;
     const int map_valid = map_token < T ? int(min(d_state - map_state, i64(MAPS))) : 0;
+    clerk.map_at = map_token * LANES * RUN + map_state / SPT * CHUNK + in_chunks(map_state % SPT);
     B += row * B_b + (start + map_token) * B_l + group * B_g + map_state;
 #if !ENDS
     C += row * C_b + (start + map_token) * C_l + group * C_g + map_state;
@@ -365,9 +428,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     walker.n_channels = int(max(min(group_end - channel, i64(CPT)), i64(0)));
     walker.n_states = int(max(min(d_state - state, i64(SPT)), i64(0)));
     walker.d_state = int(d_state);
-    walker.step_at = warp * (T + 2) * STEP_ROW + lane / LANES * 2 * CPT;
-    walker.map_at = state;
-    walker.sum_at = warp * T * SUM_ROW + lane * CPT;
+    walker.step_at = team * T * STEP_ROW + warp % TEAM * STEP_WARP + lane / LANES * 2 * CPT;
+    walker.map_at = lane % LANES * CHUNK;
+    walker.sum_at = team * T * SUM_ROW + warp % TEAM * SUM_WARP + padded(lane * CPT);
     const i64 own = channel * d_state + state;  // this thread's first, of a row's states
     const i64 states = n_channels * d_state;    // of one row
     walker.load(walker.A, A + own);
@@ -401,22 +464,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     else
         walker.load(walker.h, nullptr);
 #if !ENDS
-    // loads of several segments in flight: they wait for memory once, not once each
-#pragma unroll 8
-    for (int s = 0; s < int(blockIdx.y); ++s) {
-        const i64 at = row * (n_segments - 1) + s;
-        float end[CPT][SPT];
-        walker.load(end, ends + at * states + own);
-#pragma unroll
-        for (int k = 0; k < CPT; ++k) {
-            const float sum = k < walker.n_channels ? dt_sums[at * n_channels + channel + k] : 0.0f;
-#pragma unroll
-            for (int n = 0; n < SPT; ++n) {
-                const float kept = exp2_approx(sum * walker.A[k][n]) * walker.h[k][n];
-                walker.h[k][n] = sum == infinity() ? end[k][n] : kept + end[k][n];
-            }
-        }
-    }
     final_state += own;
 #if CHECKPOINTS
     const i64 n_checkpoints = (length + checkpoint_every - 1) / checkpoint_every;
@@ -430,7 +477,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
         clerk.x = load_packed<VEC>(x, valid);
         clerk.dt = load_packed<VEC>(dt, valid);
         x += T * x_l, dt += T * dt_l;
-        if (io_valid > 0 && at + T + clerk.token < count) prefetch(x), prefetch(dt);
+        if (leads && at + T + clerk.token < count) prefetch(x), prefetch(dt);
         const int maps = at + map_token < count ? map_valid : 0;
         clerk.B = load_packed<MAPS>(B, maps);
         B += T * B_l;
@@ -447,7 +494,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 #if GATED
         clerk.z = load_packed<VEC>(z, valid);
         z += T * z_l;
-        if (io_valid > 0 && at + T + clerk.token < count) prefetch(z);
+        if (leads && at + T + clerk.token < count) prefetch(z);
+#endif
+    };
+    // A team's sums come from all its warps: each arrives behind a tile, and waits in the middle of
+    // the next one. Before the first there is nothing to wait for, as a barrier takes the phase
+    // before its first for over.
+    auto wait_for_sums = [&]([[maybe_unused]] int parity) {
+#if TEAM > 1
+        wait(&shared.sums_written, parity);
 #endif
     };
     auto write = [&](int at) {
@@ -457,7 +512,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     };
 #endif
 
-    if (threadIdx.x == 0) init_barrier(&shared.maps_written, WARPS);
+    if (threadIdx.x == 0) {
+        init_barrier(&shared.tile_written, WARPS);
+#if TEAM > 1
+        init_barrier(&shared.sums_written, WARPS);
+#endif
+    }
     __syncthreads();
     load_early(0);
 #pragma unroll
@@ -470,9 +530,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 #endif
     __syncthreads();
 
-    int buffer = 0, maps = 0;
-    for (int at = 0; at < count; at += T) {
-        const int next_maps = maps == 2 ? 0 : maps + 1;
+#if !ENDS
+    // ---- what the segments before this one left
+    // loads of several segments in flight: they wait for memory once, not once each
+#pragma unroll 4
+    for (int s = 0; s < int(blockIdx.y); ++s) {
+        const i64 at = row * (n_segments - 1) + s;
+        float end[CPT][SPT];
+        walker.load(end, ends + at * states + own);
+#pragma unroll
+        for (int k = 0; k < CPT; ++k) {
+            const float sum = k < walker.n_channels ? dt_sums[at * n_channels + channel + k] : 0.0f;
+#pragma unroll
+            for (int n = 0; n < SPT; ++n) {
+                const float kept = exp2_approx(sum * walker.A[k][n]) * walker.h[k][n];
+                walker.h[k][n] = sum == infinity() ? end[k][n] : kept + end[k][n];
+            }
+        }
+    }
+#endif
+
+    Place here = {0, 0};
+    walker.begin(shared, here);
+    for (int at = 0, parity = 0; at < count; at += T, parity ^= 1) {
+        const int next_maps = here.maps == 2 ? 0 : here.maps + 1;
+        const Place next = {TEAM > 1 ? next_maps : here.steps ^ 1, next_maps};
+        // of the tile before, whose sums are written
+        [[maybe_unused]] const int last = TEAM > 1 ? 3 - here.maps - next_maps : next.steps;
 #if CHECKPOINTS && !ENDS
         if ((at & int(checkpoint_every - 1)) == 0) {
             walker.save(checkpoints);
@@ -481,14 +565,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 #endif
 #if PACKED
         if (sequence_end < start + min(at + T, count)) {
-            // rare, so plain: parts of the tile, one after another
-            int from = 0;
+            // rare, so plain: the jobs one after another, and the tile in parts
+#pragma unroll
+            for (int item = 0; item < 8 * VEC; ++item)
+                clerk.prepare(shared, next.steps, item / 8, item % 8);
+            if (at + T + clerk.token >= count) clerk.prepare_nothing(shared, next.steps);
+            clerk.prepare_maps(shared, next_maps);
+#if !ENDS
+            wait_for_sums(parity ^ 1);
+#pragma unroll
+            for (int item = 0; item < 8 * VEC; ++item)
+                clerk.finish(shared, last, item / 8, item % 8);
+            clerk.finish_last(VEC - 1);
+#endif
+            arrive(&shared.tile_written);
+            load_early(at + 2 * T);
+            wait(&shared.tile_written, parity);
+            int t = 0;
             for (;;) {
-                const int until = int(min(sequence_end - start - at, i64(T)));
-                walker.begin(shared, buffer, maps, from);
-                for (int t = from; t < until; ++t) walker.walk(shared, buffer, maps, t, [](int) {});
-                from = until;
                 const bool is_last = sequence + 1 == n_rows;  // it should end at length
+                const int until = is_last ? T : int(min(sequence_end - start - at, i64(T)));
+#pragma unroll 1
+                for (; t < until; ++t) walker.walk(shared, here, next, t, [](int) {});
                 if (is_last || sequence_end >= start + min(at + T, count)) break;
 #if !ENDS
                 walker.save(final_state + sequence * states);
@@ -497,46 +595,42 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
                 sequence_end = cu_seqlens[++sequence + 1];
                 begin_sequence();
             }
-#pragma unroll
-            for (int item = 0; item < 8 * VEC; ++item)
-                clerk.prepare(shared, buffer ^ 1, item / 8, item % 8);
-#if !ENDS
-#pragma unroll
-            for (int item = 0; item < 8 * VEC; ++item)
-                clerk.finish(shared, buffer ^ 1, item / 8, item % 8);
-            clerk.finish_last(VEC - 1);
-#endif
-            if (at + T + clerk.token >= count) clerk.prepare_nothing(shared, buffer ^ 1);
-            clerk.prepare_maps(shared, next_maps);
-            arrive(&shared.maps_written);
-            load_early(at + 2 * T);
         } else
 #endif
         {
-            walker.begin(shared, buffer, maps, 0);
 #pragma unroll
-            for (int t = 0; t < T / 2; ++t)
-                walker.walk(shared, buffer, maps, t, [&](int slot) {
+            for (int t = 0; t < T / 2; ++t) {
+                if (t > 0 && t % 4 == 0) __syncwarp();
+                walker.walk(shared, here, next, t, [&](int slot) {
                     Clerk::spread(t * SPT * CPT + slot, [&](int k, int stage) {
-                        clerk.prepare(shared, buffer ^ 1, k, stage);
+                        clerk.prepare(shared, next.steps, k, stage);
                     });
                 });
-            if (at + T + clerk.token >= count) clerk.prepare_nothing(shared, buffer ^ 1);
+            }
+            if (at + T + clerk.token >= count) clerk.prepare_nothing(shared, next.steps);
             clerk.prepare_maps(shared, next_maps);
-            arrive(&shared.maps_written);
+            arrive(&shared.tile_written);
             load_early(at + 2 * T);
-            // arrive() has one too: this one is for the compiler, which then spreads the
-            // exponentials
+            // this one and those every four tokens are for the compiler, which spreads the
+            // exponentials better between them
             __syncwarp();
-#pragma unroll
-            for (int t = T / 2; t < T; ++t)
-                walker.walk(shared, buffer, maps, t, [&](int slot) {
 #if !ENDS
-                    Clerk::spread((t - T / 2) * SPT * CPT + slot, [&](int k, int stage) {
-                        clerk.finish(shared, buffer ^ 1, k, stage);
-                    });
+            wait_for_sums(parity ^ 1);
+#endif
+#pragma unroll
+            for (int t = T / 2; t < T; ++t) {
+                if (t > T / 2 && t % 4 == 0) __syncwarp();
+                // every warp has written its part of the next tile, of which the last tokens read
+                // ahead; and none reads any more of the tile before this one, whose place is the
+                // next one's
+                if (t == T - 4) wait(&shared.tile_written, parity);
+                walker.walk(shared, here, next, t, [&](int slot) {
+#if !ENDS
+                    Clerk::spread((t - T / 2) * SPT * CPT + slot,
+                                  [&](int k, int stage) { clerk.finish(shared, last, k, stage); });
 #endif
                 });
+            }
 #if !ENDS
             clerk.finish_last(VEC - 1);
 #endif
@@ -544,10 +638,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 #if !ENDS
         write(at - T);
 #endif
-        // every warp has written its part of the next tile's B and C; none reads those of the tile
-        // before this one any more, which the next ones overwrite
-        wait(&shared.maps_written, buffer);
-        buffer ^= 1, maps = next_maps;
+#if TEAM > 1 && !ENDS
+        arrive(&shared.sums_written);
+#else
+        __syncwarp();
+#endif
+        here = next;
 #if !ENDS
         load_late(at);
 #endif
@@ -561,11 +657,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
         if (lane % LANES == 0 && k < walker.n_channels)
             dt_sums[at * n_channels + channel + k] = has_begun ? infinity() : walker.dt_sum[k];
 #else
-    const int last = (count + T - 1) / T * T - T;
+    const int n_tiles_walked = (count + T - 1) / T;
+    const int last = TEAM > 1 ? (here.steps + 2) % 3 : here.steps ^ 1;
+    wait_for_sums((n_tiles_walked - 1) & 1);
 #pragma unroll
-    for (int item = 0; item < 8 * VEC; ++item) clerk.finish(shared, buffer ^ 1, item / 8, item % 8);
+    for (int item = 0; item < 8 * VEC; ++item) clerk.finish(shared, last, item / 8, item % 8);
     clerk.finish_last(VEC - 1);
-    write(last);
+    write(n_tiles_walked * T - T);
 #if PACKED
     if (start + count == length)
         for (;;) {

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from cases import Case, Make, Peer, conv, norm, scan, text
+from cases import Case, Make, Peer, conv, n_sets, norm, scan, text
 from measure import (
     Clock,
     Times,
@@ -31,6 +31,7 @@ from measure import (
 )
 from steps import conv_step, step
 
+from hybridzoo.errors import BackendError
 from hybridzoo.kernels.dispatch import parse_backends, set_backends
 
 SCANS = [
@@ -96,11 +97,11 @@ def beside(case: Case, peer: Peer, errors: dict, args: argparse.Namespace) -> di
     """A peer's errors and times with ours; ours alone where it is missing or fails."""
     if peer.missing:
         return {"missing": peer.missing, "ours": timed(case.ours.calls, case, args)._asdict()}
-    # whatever it raises: ours is measured all the same
     try:
         theirs = checked(peer, case, args)["error"]
         found = a_b_a(case, peer, args)
-    except Exception as problem:
+    # what torch, Triton and checks of arguments raise: ours is measured all the same
+    except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError) as problem:
         return beside(case, Peer(peer.name, missing=f"fails: {problem!r}"), errors, args)
     # what is only moved has no error on either side
     ratios = [e["norm"] / max(theirs[name]["norm"], 1e-12) for name, e in errors.items()]
@@ -132,8 +133,17 @@ def a_b_a(case: Case, peer: Peer, args: argparse.Namespace) -> dict:
 
 
 def floors(case: Case, args: argparse.Namespace) -> dict[str, float]:
-    """The least milliseconds that its bytes and its exponentials allow."""
-    found = {"copy": case.n_bytes / args.rates["copy_bytes_per_s"] * 1e3}
+    """The least milliseconds that its bytes and its exponentials allow.
+
+    Bytes at the rate of a large copy, and by a copy of just as many, timed as the case is.
+    """
+    size = max(case.n_bytes // 2, 1)
+    pairs = [
+        torch.empty(2, size, dtype=torch.int8, device=args.device)
+        for _ in range(n_sets(case.n_bytes, args.device))
+    ]
+    same = timed([lambda pair=pair: pair[0].copy_(pair[1]) for pair in pairs], case, args)
+    found = {"copy": case.n_bytes / args.rates["copy_bytes_per_s"] * 1e3, "same copy": same.ms}
     if case.n_exp and args.rates["exp_per_s"]:
         found["exp"] = case.n_exp / args.rates["exp_per_s"] * 1e3
     return found
@@ -216,8 +226,8 @@ def one(make: Make, shape: tuple[int, ...], args: argparse.Namespace) -> list[di
     """The rows of a shape; one that fails leaves its reason and lets the others run."""
     try:
         rows = measured(make(shape, args.device), args)
-    # whatever a compiler raises: the other rows are worth their time on the GPU
-    except Exception as problem:
+    # a kernel that does not compile, or asks for too much: the other rows are worth their time
+    except (BackendError, RuntimeError) as problem:
         rows = [{"op": make.__name__, "shape": text(shape), "failed": repr(problem)}]
     for row in rows:
         print(" ".join(cells(row)), file=sys.stderr, flush=True)

@@ -15,7 +15,8 @@ from hybridzoo.kernels.selective_scan_step import selective_scan_step
 def step(shape: tuple[int, ...], device: torch.device) -> Case:
     """selective_scan_step: one token against fp32 states, a set a layer, all in one graph."""
     b, i, n = shape
-    n_bytes = 2 * b * i * n * 4
+    # the state, read and written; x, dt, z and y; B and C; A
+    n_bytes = 2 * b * i * n * 4 + 4 * b * i * 2 + 2 * b * n * 2 + i * n * 4
     weights, sets = scan_weights(i, n, device), []
     for _ in range(n_sets(n_bytes, device)):
         wide = {name: normal(b, i, device=device) for name in ("x", "dt", "z")}
@@ -62,7 +63,8 @@ def _step_peer(weights: dict[str, Tensor], sets: list[dict[str, Tensor]]) -> Pee
 def conv_step(shape: tuple[int, ...], device: torch.device) -> Case:
     """causal_conv1d_step: one token against the three before it, bf16, all sets in one graph."""
     b, i = shape
-    n_bytes = 2 * b * i * 8
+    # three tokens' state, read and written; x and y; weight and bias
+    n_bytes = 2 * b * i * 6 + 2 * b * i * 2 + i * 10
     weight, bias = normal(i, 4, device=device) / 2, normal(i, device=device) / 2
     sets = [
         (normal(b, i, device=device), normal(b, 3, i, device=device))

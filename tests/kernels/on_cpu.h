@@ -6,6 +6,7 @@
 #include <condition_variable>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -14,6 +15,7 @@
 using std::max;
 using std::min;
 #define __device__
+#define __host__
 #define __global__
 #define __shared__
 #define __forceinline__ inline
@@ -49,30 +51,33 @@ inline std::vector<std::unique_ptr<std::barrier<>>> warp_barriers;
 inline void __syncthreads() { block_barrier->arrive_and_wait(); }
 inline void __syncwarp() { warp_barriers[threadIdx.x / 32]->arrive_and_wait(); }
 
-// barrier.cuh, by a lock; the word in shared memory only names it
+// barrier.cuh, by a lock; the words in shared memory only name them
+struct Barrier { unsigned size, missing, phase; };
 inline std::mutex barrier_lock;
 inline std::condition_variable barrier_turn;
-inline unsigned barrier_size, barrier_missing, barrier_phase;
-inline void init_barrier(unsigned long long*, unsigned n_warps) {
-    barrier_size = barrier_missing = n_warps, barrier_phase = 0;
+inline std::map<unsigned long long*, Barrier> barriers;
+inline void init_barrier(unsigned long long* barrier, unsigned n_warps) {
+    std::lock_guard guard(barrier_lock);
+    barriers[barrier] = {n_warps, n_warps, 0};
 }
-inline void arrive(unsigned long long*) {
+inline void arrive(unsigned long long* barrier) {
     __syncwarp();
     if (threadIdx.x % 32) return;
     std::lock_guard guard(barrier_lock);
-    if (--barrier_missing == 0) {
-        barrier_missing = barrier_size, ++barrier_phase;
+    Barrier& found = barriers.at(barrier);
+    if (--found.missing == 0) {
+        found.missing = found.size, ++found.phase;
         barrier_turn.notify_all();
     }
 }
-inline void wait(unsigned long long*, int parity) {
+inline void wait(unsigned long long* barrier, int parity) {
     {
         std::unique_lock guard(barrier_lock);
-        barrier_turn.wait(guard, [&] { return (barrier_phase & 1) != unsigned(parity); });
+        const Barrier& found = barriers.at(barrier);
+        barrier_turn.wait(guard, [&] { return (found.phase & 1) != unsigned(parity); });
     }
     __syncwarp();
 }
-
 template <class Kernel>
 void on_cpu(int grid_x, int grid_y, int threads, Kernel kernel) {
     for (int y = 0; y < grid_y; ++y)

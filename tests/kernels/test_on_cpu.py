@@ -20,8 +20,8 @@ from tests.kernels.compare import pack, randn
 ROOT = Path(__file__).parents[2]
 # those of choose(), with segments and without
 MAPPINGS = [
-    Mapping(8, 1, 4, 16), Mapping(8, 1, 16, 16), Mapping(8, 1, 4, 16, 2), Mapping(4, 1, 4, 32),
-    Mapping(4, 1, 4, 16, 3), Mapping(8, 2, 4, 8),
+    cuda.WAVE, Mapping(8, 1, 4, 16), Mapping(8, 1, 4, 16, 2), cuda.TEAM_OF_4, cuda.TEAM_OF_2,
+    Mapping(4, 1, 4, 32, 2, team=4), Mapping(4, 1, 4, 16, 3, team=4), Mapping(8, 2, 4, 8),
 ]  # fmt: skip
 # empty ones first, last and inside; ends on borders of tiles (16, 32) and of segments
 LENGTHS = [0, 5, 0, 11, 16, 1, 31, 32, 0]
@@ -76,6 +76,8 @@ def launch(monkeypatch, folder):
 @pytest.mark.parametrize("mapping", MAPPINGS, ids=str)
 @pytest.mark.parametrize("n", [16, *(pytest.param(n, marks=pytest.mark.slow) for n in (5, 64))])
 def test_walk_is_the_recurrence(launch, mapping, n):
+    if mapping.vector(n) == 0:
+        pytest.skip("one channel would be too many for a warp's lanes")
     # 40 and 75: tails of blocks and of tiles
     given = made(1, 75, 40, n)
     y, final_state, _ = launch(given, mapping)
@@ -194,7 +196,7 @@ def test_sanitizers_find_nothing(folder, kind):
     )
     found = "".join(path.read_text() for path in folder.glob(f"{kind}.log*"))
     assert not re.search("WARNING|ERROR", found), found[:3000]
-    assert done.returncode == 0 and "6 mappings" in done.stdout, done.stderr[-3000:]
+    assert done.returncode == 0 and f"{len(MAPPINGS)} mappings" in done.stdout, done.stderr[-3000:]
 
 
 def main(folder, kind):

@@ -364,32 +364,39 @@ def test_raw_launches_are_proper_ops(backend):
 
 
 ALONG = ("x", "dt", "B", "C", "z")
-WAVE, MANY = cuda.Mapping(8, 1, 16, 16), cuda.Mapping(8, 1, 4, 16, min_blocks=4)
-FEW, FEWEST = cuda.Mapping(4, 1, 4, 32), cuda.Mapping(4, 1, 4, 16)
+WAVE, MANY = cuda.WAVE, cuda.Mapping(8, 1, 4, 16, min_blocks=4)
+TEAM_OF_4, TEAM_OF_2, FEWEST = cuda.TEAM_OF_4, cuda.TEAM_OF_2, cuda.Mapping(4, 1, 4, 32, team=4)
 STATES_64 = cuda.Mapping(8, 2, 4, 8, min_blocks=2)
 # the shapes that are measured (scripts/bench), (b, i, l, n), and such as bound a branch
 CHOICES = {
-    (1, 1536, 2048, 16): MANY._replace(n_segments=16),
+    (1, 1536, 2048, 16): MANY._replace(n_segments=11),
     (8, 4096, 2048, 16): WAVE,
     (32, 1536, 2048, 16): MANY,
     (64, 1536, 512, 16): MANY,
-    (1, 8192, 8192, 16): MANY,
-    (1, 8192, 16384, 16): MANY,
-    (1, 4096, 65536, 16): FEW,
+    (1, 8192, 8192, 16): TEAM_OF_4,
+    (1, 8192, 16384, 16): TEAM_OF_4,
+    (1, 4096, 65536, 16): TEAM_OF_2,
     (4, 16384, 4096, 16): MANY,
-    (4, 2048, 1000, 16): MANY,
-    (8, 4096, 100, 16): WAVE,
+    (4, 2048, 1000, 16): TEAM_OF_4,
+    (8, 4096, 100, 16): MANY,
     (2, 256, 2048, 16): FEWEST._replace(n_segments=16),
     (4, 2048, 2048, 64): STATES_64,
+    # one wave, and one block more than it
+    (1, 8448, 2048, 16): TEAM_OF_4,
+    (1, 8449, 2048, 16): MANY,
+    (1, 4224, 2048, 16): TEAM_OF_2,
+    (1, 4225, 2048, 16): TEAM_OF_4,
+    (1, 2113, 2048, 16): TEAM_OF_2,
     (2, 4096, 2048, 32): MANY,
-    # as many segments as give three warps a scheduler, of 128 tokens at least
-    (1, 1536, 65536, 16): MANY._replace(n_segments=16),
-    (1, 512, 65536, 16): MANY._replace(n_segments=49),
-    (1, 640, 4096, 16): MANY._replace(n_segments=32),
+    (1, 4096, 2048, 32): TEAM_OF_4,
+    # as many segments as give two warps a scheduler, of 128 tokens at least
+    (1, 2112, 2048, 16): MANY._replace(n_segments=8),
+    (1, 1536, 65536, 16): MANY._replace(n_segments=11),
+    (1, 512, 65536, 16): MANY._replace(n_segments=33),
+    (1, 640, 4096, 16): MANY._replace(n_segments=26),
     (1, 512, 4096, 16): FEWEST._replace(n_segments=32),
     (1, 4096, 255, 16): MANY,
-    (1, 4096, 256, 16): FEW,
-    (1, 8192, 1000, 4): FEW,
+    (1, 4096, 256, 16): TEAM_OF_2,
     (1, 64, 0, 16): MANY,
     (1, 64, 1, 16): MANY,
     (0, 64, 100, 16): MANY,
@@ -414,9 +421,12 @@ def test_mappings_fit_the_shared_memory_of_a_small_gpu(monkeypatch):
         assert mapping == fastest or cuda._shared_bytes(fastest, n, False) > 101376
 
 
-MAPPINGS = [(WAVE, 16), (MANY, 16), (FEW, 16), (FEWEST, 16), (STATES_64, 64), (MANY, 5)]
+MAPPINGS = [
+    (WAVE, 16), (MANY, 16), (TEAM_OF_4, 16), (TEAM_OF_2, 16), (FEWEST, 16), (STATES_64, 64), (MANY, 5),
+    (TEAM_OF_4, 5), (TEAM_OF_2, 32),
+]  # fmt: skip
 every_mapping = pytest.mark.parametrize(
-    ("mapping", "n"), MAPPINGS, ids=["wave", "many", "few", "fewest", "n64", "n5"]
+    ("mapping", "n"), MAPPINGS, ids=["wave", "many", "team4", "team2", "fewest", "n64", "n5", "team4-n5", "team2-n32"]
 )
 LENGTH = 397
 # one pack's sequences end on the borders of tiles, of two segments (200, 208, 224) and of five (80

@@ -46,6 +46,7 @@ class Mapping(NamedTuple):
         tokens: of a tile.
         n_segments: of a row, side by side; fewer where it is short.
         min_blocks: blocks that one multiprocessor shall hold, which bounds a thread's registers.
+        team: warps that read and write together, in longer runs: 1 or all of a block.
     """
 
     states: int
@@ -54,6 +55,7 @@ class Mapping(NamedTuple):
     tokens: int
     n_segments: int = 1
     min_blocks: int = 1
+    team: int = 1
 
     def lanes(self, n: int) -> int:
         """Threads that share a channel of n states: a power of two."""
@@ -71,6 +73,11 @@ class Mapping(NamedTuple):
         """Neighbouring states of B and of C that a thread reads at once."""
         padded = self.lanes(n) * self.states
         return max(1, self.tokens * padded // (LANES * self.warps))
+
+
+# a block a multiprocessor: of four warps a scheduler; of two, a thread with four states, or two
+WAVE = Mapping(8, 1, 16, 16)
+TEAM_OF_4, TEAM_OF_2 = Mapping(4, 1, 8, 32, team=8), Mapping(2, 1, 8, 32, team=8)
 
 
 def available(device: torch.device) -> str | None:
@@ -165,32 +172,32 @@ def choose(shape: tuple[int, ...], n: int, device: torch.device) -> Mapping:
     """The mapping for x of this shape and n states, as measured on one H200.
 
     Eight states a thread take the fewest instructions, but leave few warps where a batch has few
-    channels. So below one warp a scheduler a thread walks four states; and below half of one a row
-    is cut into segments, which costs most of the walk twice.
+    channels: two warps a scheduler take half the states, or a quarter. With fewer channels still a
+    row is cut into segments, which costs most of the walk twice.
     """
     b, l, i = shape
     if n > 32:
         return Mapping(8, 2, 4, 8, min_blocks=2)
     gpu = torch.cuda.get_device_properties(device)
     n_sms, room = gpu.multi_processor_count, gpu.shared_memory_per_block_optin
-    warps = b * i / Mapping(8, 1, 4, 16).width(n)
-    a_scheduler = warps / (4 * n_sms)
-    # one wave of blocks as large as a multiprocessor: all of them end together
-    wave = Mapping(8, 1, 16, 16)
-    if 0.95 * n_sms < warps / 16 <= n_sms and _shared_bytes(wave, n, False) <= room:
-        return wave
     # a whole channel a thread wants some registers more
-    min_blocks = 4 if n > 8 else 3
-    if a_scheduler > 0.9 or l < 256:
-        return Mapping(8, 1, 4, 16, min_blocks=min_blocks)
-    few = Mapping(4, 1, 4, 32)
-    if a_scheduler > 0.45 and _shared_bytes(few, n, False) <= room:
-        return few
+    many = Mapping(8, 1, 4, 16, min_blocks=4 if n > 8 else 3)
+    if l < 256:
+        return many
+    # one wave of blocks as large as a multiprocessor: all of them end together
+    for mapping, least in ((WAVE, 0.95), (TEAM_OF_4, 0.5), (TEAM_OF_2, 0.5)):
+        blocks = b * i / (mapping.width(n) * mapping.warps)
+        if least * n_sms < blocks <= n_sms and _shared_bytes(mapping, n, False) <= room:
+            return mapping
+    # channels, so that every scheduler has two warps
+    wanted = 2 * 4 * n_sms * many.width(n)
+    if b * i > wanted / 4:
+        return many
     n_segments = min(l // 128, MAX_SEGMENTS)
-    if a_scheduler * n_segments < 2:
-        return Mapping(4, 1, 4, 16, n_segments)
-    # some three warps a scheduler
-    return Mapping(8, 1, 4, 16, min(int(3 / a_scheduler), n_segments), min_blocks)
+    if b * i * n_segments >= wanted:
+        return many._replace(n_segments=min(wanted // (b * i), n_segments))
+    few = Mapping(4, 1, 4, 32, n_segments, team=4)
+    return few if _shared_bytes(few, n, False) <= room else few._replace(tokens=16)
 
 
 def launch(
@@ -304,6 +311,7 @@ def _defines(given: Arguments, mapping: Mapping) -> dict[str, int]:
         "CPT": mapping.channels,
         "LANES": mapping.lanes(n),
         "WARPS": mapping.warps,
+        "TEAM": mapping.team,
         "TOKENS": mapping.tokens,
         # a pack's way through a tile that sequences share needs registers of its own
         "MIN_BLOCKS": max(1, mapping.min_blocks * 3 // 4) if is_packed else mapping.min_blocks,
@@ -317,13 +325,14 @@ def _defines(given: Arguments, mapping: Mapping) -> dict[str, int]:
 
 def _shared_bytes(mapping: Mapping, n: int, is_ends: bool) -> int:
     """Size of `Shared` in fwd.cu."""
-    width, rows = mapping.width(n), mapping.tokens + 2
-    # two tiles of steps and of sums, three of B and of C
-    floats = 2 * mapping.warps * rows * (2 * width + 4)
+    width, rows = mapping.width(n), mapping.tokens
+    # tiles of steps and of sums; three of B and of C
+    ring = 3 if mapping.team > 1 else 2
+    floats = ring * mapping.warps * rows * (2 * width + 4)
     maps = 3 * rows * mapping.lanes(n) * mapping.states
     floats += maps + mapping.warps * width
     if not is_ends:
         floats += maps + mapping.warps * width
-        floats += 2 * mapping.warps * mapping.tokens * (LANES * mapping.channels + 4)
-    # and the barrier
+        floats += ring * mapping.warps * mapping.tokens * (LANES + 4) * mapping.channels
+    # and the barriers
     return 4 * floats + 16
