@@ -21,8 +21,9 @@ from torch import Tensor
 
 Call = Callable[[], Any]
 
-# the host stays this far ahead of the device, so that no launch latency lies between two events
-BURST, LEAD_CYCLES = 20, 8_000_000
+# the host stays this far ahead of the device, so that no launch latency lies between two events:
+# before a burst of calls the device spins, for LEAD_S at least
+BURST, LEAD_CYCLES, LEAD_S = 20, 8_000_000, 3e-3
 MUFU_PER_CLOCK = 16
 
 # kind of kernel: words of its name
@@ -74,10 +75,12 @@ def sample(calls: Sequence[Call], device: torch.device, budget_ms: float) -> Tim
     n = min(max(int(budget_ms / estimate), 5), 300)
     if device.type != "cuda":
         return spread([_wall_ms(calls[i % len(calls)]) for i in range(n)], enqueued / 3 * 1e6)
+    # twice the time that the host took, as hosts falter
+    burst = min(max(int(LEAD_S / (2 * enqueued / 3)), 1), BURST)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(n)]
     host = []
     for i, (before, after) in enumerate(events):
-        if i % BURST == 0 and estimate < 2:
+        if i % burst == 0 and estimate < 2:
             torch.cuda._sleep(LEAD_CYCLES)
         before.record()
         start = time.perf_counter()

@@ -380,6 +380,7 @@ CHOICES = {
     (4, 2048, 1000, 16): TEAM_OF_4,
     (8, 4096, 100, 16): MANY,
     (2, 256, 2048, 16): FEWEST._replace(n_segments=16),
+    (2, 256, 2048, 8): FEWEST._replace(n_segments=16),
     (4, 2048, 2048, 64): STATES_64,
     # one wave, and one block more than it
     (1, 8448, 2048, 16): TEAM_OF_4,
@@ -422,11 +423,13 @@ def test_mappings_fit_the_shared_memory_of_a_small_gpu(monkeypatch):
 
 
 MAPPINGS = [
-    (WAVE, 16), (MANY, 16), (TEAM_OF_4, 16), (TEAM_OF_2, 16), (FEWEST, 16), (STATES_64, 64), (MANY, 5),
-    (TEAM_OF_4, 5), (TEAM_OF_2, 32),
+    (WAVE, 16), (MANY, 16), (TEAM_OF_4, 16), (TEAM_OF_2, 16), (FEWEST, 16), (STATES_64, 64),
+    (MANY, 5), (TEAM_OF_4, 5), (TEAM_OF_2, 32),
 ]  # fmt: skip
 every_mapping = pytest.mark.parametrize(
-    ("mapping", "n"), MAPPINGS, ids=["wave", "many", "team4", "team2", "fewest", "n64", "n5", "team4-n5", "team2-n32"]
+    ("mapping", "n"),
+    MAPPINGS,
+    ids=["wave", "many", "team4", "team2", "fewest", "n64", "n5", "team4-n5", "team2-n32"],
 )
 LENGTH = 397
 # one pack's sequences end on the borders of tiles, of two segments (200, 208, 224) and of five (80

@@ -1,5 +1,6 @@
 """selective_scan by csrc/selective_scan/fwd.cu: fp32, bf16 and fp16, up to 64 states a channel."""
 
+import functools
 from math import inf
 from typing import NamedTuple
 
@@ -175,11 +176,14 @@ def choose(shape: tuple[int, ...], n: int, device: torch.device) -> Mapping:
     channels: two warps a scheduler take half the states, or a quarter. With fewer channels still a
     row is cut into segments, which costs most of the walk twice.
     """
-    b, l, i = shape
+    gpu = torch.cuda.get_device_properties(device)
+    return _choose(*shape, n, gpu.multi_processor_count, gpu.shared_memory_per_block_optin)
+
+
+@functools.lru_cache(1024)
+def _choose(b: int, l: int, i: int, n: int, n_sms: int, room: int) -> Mapping:
     if n > 32:
         return Mapping(8, 2, 4, 8, min_blocks=2)
-    gpu = torch.cuda.get_device_properties(device)
-    n_sms, room = gpu.multi_processor_count, gpu.shared_memory_per_block_optin
     # a whole channel a thread wants some registers more
     many = Mapping(8, 1, 4, 16, min_blocks=4 if n > 8 else 3)
     if l < 256:
@@ -229,8 +233,8 @@ def launch(
     y = torch.empty((b, l, i), dtype=x.dtype, device=x.device)
     final_state = A.new_empty(rows, i, n)
     checkpoints = A.new_empty(b, -(-l // checkpoint_every) if checkpoint_every else 0, i, n)
-    ends = A.new_empty(b, n_segments - 1, i, n)
-    dt_sums = A.new_empty(b, n_segments - 1, i)
+    ends = A.new_empty(b, n_segments - 1, i, n) if n_segments > 1 else None
+    dt_sums = A.new_empty(b, n_segments - 1, i) if n_segments > 1 else None
     arguments = (
         *given[:10], y, final_state, checkpoints, ends, dt_sums,
         l, i, i // given.B.shape[2], n, rows, segment, n_segments, checkpoint_every,
@@ -279,7 +283,7 @@ def _laid_out(given: Arguments) -> Arguments:
             change[name] = t.contiguous()
     for name in ("A", "D", "dt_bias", "initial_state"):
         t = getattr(given, name)
-        if t is not None:
+        if t is not None and not (t.dtype == torch.float32 and t.is_contiguous()):
             change[name] = t.to(torch.float32).contiguous()
     if given.cu_seqlens is not None:
         change["cu_seqlens"] = given.cu_seqlens.to(torch.int32).contiguous()
@@ -298,11 +302,13 @@ def _defines(given: Arguments, mapping: Mapping) -> dict[str, int]:
     n, group = A.shape[1], x.shape[2] // B.shape[2]
     vector, maps = mapping.vector(n), mapping.maps(n)
     is_aligned = group % vector == 0 and n % maps == 0
-    for t, count in ((x, vector), (dt, vector), (z, vector), (B, maps), (C, maps)):
-        if t is not None:
-            unit = min(16, count * t.element_size())
-            starts = (t.data_ptr(), *(s * t.element_size() for s in t.stride()[:-1]))
-            is_aligned &= all(start % unit == 0 for start in starts)
+    size = x.element_size()
+    wide, narrow = min(16, vector * size), min(16, maps * size)
+    for t, unit in ((x, wide), (dt, wide), (z, wide), (B, narrow), (C, narrow)):
+        if is_aligned and t is not None:
+            # every row begins at a multiple of it
+            *strides, _ = t.stride()
+            is_aligned = t.data_ptr() % unit == 0 and not any(s * size % unit for s in strides)
     is_packed = given.cu_seqlens is not None
     return {
         "DTYPE": DTYPES[x.dtype],
@@ -323,6 +329,7 @@ def _defines(given: Arguments, mapping: Mapping) -> dict[str, int]:
     }
 
 
+@functools.cache
 def _shared_bytes(mapping: Mapping, n: int, is_ends: bool) -> int:
     """Size of `Shared` in fwd.cu."""
     width, rows = mapping.width(n), mapping.tokens
