@@ -103,6 +103,9 @@ class _Pool:
 
 def _serve(pipe: Connection, rank: int, world: int, store: str) -> None:
     torch.set_num_threads(1)
+    # MKL reads it at its first product: its bits then depend on the numbers alone, not on where in
+    # memory they lie
+    os.environ["MKL_CBWR"] = "AVX2"
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
     parallel = Parallel(tp=Axis(rank, world, dist.group.WORLD))

@@ -47,9 +47,13 @@ def test_a_token_changes_nothing_before_it(name):
     difference = (layer(changed, None, PLAIN) - layer(x, None, PLAIN)).abs().amax((0, 2))
     assert difference[:5].max() < 1e-12
     assert difference[5] > 1e-6
-    # a mixer carries it on; the others look at one token at a time, though experts multiply other
-    # rows together, which rounds differently on some processors
-    assert (difference[6:9] > 1e-6).all() if name in MIXERS else difference[6:].max() < 1e-12
+    if name in MIXERS:
+        # which carry it on
+        assert (difference[6:9] > 1e-6).all()
+    else:
+        # one token at a time; but experts multiply other rows together then, and a product may round
+        # by how many they are
+        assert difference[6:].max() <= (1e-12 if name.startswith("moe") else 0)
 
 
 @every_mixer
