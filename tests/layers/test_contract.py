@@ -51,8 +51,8 @@ def test_a_token_changes_nothing_before_it(name):
         # which carry it on
         assert (difference[6:9] > 1e-6).all()
     else:
-        # one token at a time; but experts multiply other rows together then, and a product may round
-        # by how many they are
+        # one token at a time; but experts multiply other rows together then, and a product may
+        # round by how many they are
         assert difference[6:].max() <= (1e-12 if name.startswith("moe") else 0)
 
 
