@@ -11,8 +11,9 @@
 // prepared in its first half and tile k - 1 written in its second, in eight stages an element, so
 // that the exponential unit is asked for little and often. A walker reads and makes ahead what its
 // next tokens need, across tiles too. Warps of a block share B and C: one barrier a tile, at which
-// they arrive half a tile before they wait. A team of warps also reads and writes together, in
-// longer rows, and then needs each other's sums: another barrier, half a tile later.
+// they arrive in its middle and wait before its last four tokens. A team of warps also reads and
+// writes together, in longer rows, and then needs each other's sums: another barrier, at which they
+// arrive behind a tile and wait in the middle of the next.
 //
 // A long sequence with few channels is cut into segments of whole tiles, which run side by side:
 // selective_scan_ends, compiled with ENDS = 1, finds the state with which each segment would end
@@ -78,10 +79,8 @@ constexpr int MAPS = T * N_PAD > THREADS ? T * N_PAD / THREADS : 1;
 // of those, that lie side by side
 constexpr int PART = MAPS < SPT ? MAPS < CHUNK ? MAPS : CHUNK : SPT < CHUNK ? SPT : CHUNK;
 static_assert(32 % LANES == 0 && CH % VEC == 0 && VEC % CPT == 0 && VEC >= 1, "mapping");
-static_assert(N_PAD % MAPS == 0 && SPT % 2 == 0 && T % 4 == 0, "mapping");
-
-// of the ends of packs the compiler wants more registers
-constexpr int RESIDENT = ENDS && PACKED && MIN_BLOCKS > 1 ? MIN_BLOCKS - 1 : MIN_BLOCKS;
+static_assert(N_PAD % MAPS == 0 && SPT % 2 == 0 && T >= 8 && T % 8 == 0, "mapping");
+static_assert(WARPS % TEAM == 0, "mapping");
 
 struct Shared {
     // of the tile that is walked and of the one that is prepared or written, and of a third for
@@ -96,7 +95,7 @@ struct Shared {
     // barriers, of warps that wrote their part of a tile: of B and C, and for a team of the steps;
     // of the team's sums
     unsigned long long tile_written;
-#if TEAM > 1
+#if TEAM > 1 && !ENDS
     unsigned long long sums_written;
 #endif
 };
@@ -353,7 +352,7 @@ struct Clerk {
 #endif
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 #if ENDS
     selective_scan_ends
 #else
@@ -375,7 +374,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     extern __shared__ float4 memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int team = warp / TEAM, mate = threadIdx.x % (32 * TEAM);
+    const int team = warp / TEAM, member = threadIdx.x % (32 * TEAM);
 
     // ---- where: a batch row, a group's channels, a segment's tokens
     const i64 tiles_a_group = (group_channels + BLOCK_CH - 1) / BLOCK_CH;
@@ -389,16 +388,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 
     // ---- as reader and writer
     Clerk clerk;
-    clerk.token = mate / ROW_LANES;
+    clerk.token = member / ROW_LANES;
     // whose channels it reads and writes, and from which of that warp's
-    const int other = mate % ROW_LANES / WARP_LANES, first = mate % WARP_LANES * VEC;
-    clerk.column = (team * TEAM + other) * CH + first;
-    clerk.step_at = (team * T + clerk.token) * STEP_ROW + other * STEP_WARP + 2 * first;
-    clerk.sum_at = (team * T + clerk.token) * SUM_ROW + other * SUM_WARP + padded(LANES * first);
+    const int its_warp = member % ROW_LANES / WARP_LANES, first = member % WARP_LANES * VEC;
+    clerk.column = (team * TEAM + its_warp) * CH + first;
+    clerk.step_at = (team * T + clerk.token) * STEP_ROW + its_warp * STEP_WARP + 2 * first;
+    clerk.sum_at = (team * T + clerk.token) * SUM_ROW + its_warp * SUM_WARP + padded(LANES * first);
     clerk.dt_min = dt_min, clerk.dt_max = dt_max;
     const i64 io_channel = block_channel + clerk.column;
     const int io_valid = int(max(min(group_end - io_channel, i64(VEC)), i64(0)));
-    const bool leads = io_valid > 0 && mate % ROW_LANES * VEC * int(sizeof(element)) % 32 == 0;
+    // those whose channels begin a sector of 32 bytes bring it into the L2 cache
+    const bool leads = io_valid > 0 && member % ROW_LANES * VEC * int(sizeof(element)) % 32 == 0;
     x += row * x_b + (start + clerk.token) * x_l + io_channel;
     dt += row * dt_b + (start + clerk.token) * dt_l + io_channel;
     const int map_token = threadIdx.x * MAPS / N_PAD, map_state = threadIdx.x * MAPS % N_PAD;
@@ -514,7 +514,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 
     if (threadIdx.x == 0) {
         init_barrier(&shared.tile_written, WARPS);
-#if TEAM > 1
+#if TEAM > 1 && !ENDS
         init_barrier(&shared.sums_written, WARPS);
 #endif
     }

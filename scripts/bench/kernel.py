@@ -33,6 +33,7 @@ from steps import conv_step, step
 
 from hybridzoo.errors import BackendError
 from hybridzoo.kernels.dispatch import parse_backends, set_backends
+from hybridzoo.kernels.jit import triton
 
 SCANS = [
     (1, 1536, 2048, 16), (8, 4096, 2048, 16), (32, 1536, 2048, 16), (64, 1536, 512, 16),
@@ -56,6 +57,13 @@ TINY: dict[str, list[tuple[Make, list[tuple[int, ...]]]]] = {
     "step": [(step, [(3, 6, 5)]), (conv_step, [(3, 6)])],
     "norm": [(norm, [(5, 24, 32), (5, 24, 16)])],
 }
+
+
+# of a kernel that does not compile, asks for too much or refuses its arguments
+FAILURES = (
+    BackendError, RuntimeError, ValueError, TypeError, AssertionError,
+    *([triton.TritonError] if triton else []),
+)  # fmt: skip
 
 
 def timed(calls: list, case: Case, args: argparse.Namespace) -> Times:
@@ -100,8 +108,8 @@ def beside(case: Case, peer: Peer, errors: dict, args: argparse.Namespace) -> di
     try:
         theirs = checked(peer, case, args)["error"]
         found = a_b_a(case, peer, args)
-    # what torch, Triton and checks of arguments raise: ours is measured all the same
-    except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError) as problem:
+    # ours is measured all the same
+    except FAILURES as problem:
         return beside(case, Peer(peer.name, missing=f"fails: {problem!r}"), errors, args)
     # what is only moved has no error on either side
     ratios = [e["norm"] / max(theirs[name]["norm"], 1e-12) for name, e in errors.items()]
@@ -226,8 +234,8 @@ def one(make: Make, shape: tuple[int, ...], args: argparse.Namespace) -> list[di
     """The rows of a shape; one that fails leaves its reason and lets the others run."""
     try:
         rows = measured(make(shape, args.device), args)
-    # a kernel that does not compile, or asks for too much: the other rows are worth their time
-    except (BackendError, RuntimeError) as problem:
+    # the other rows are worth their time
+    except FAILURES as problem:
         rows = [{"op": make.__name__, "shape": text(shape), "failed": repr(problem)}]
     for row in rows:
         print(" ".join(cells(row)), file=sys.stderr, flush=True)

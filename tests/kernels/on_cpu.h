@@ -78,6 +78,7 @@ inline void wait(unsigned long long* barrier, int parity) {
     }
     __syncwarp();
 }
+
 template <class Kernel>
 void on_cpu(int grid_x, int grid_y, int threads, Kernel kernel) {
     for (int y = 0; y < grid_y; ++y)

@@ -37,7 +37,7 @@ def loader(folder: Path, *flags: str) -> Callable:
         library = ctypes.CDLL(str(build(source, name, defines, folder, flags or ("-O1",))))
 
         def launch(grid: tuple, threads: int, shared_bytes: int, *args: object) -> None:
-            assert shared_bytes <= 2**18, "the memory of on_cpu.h"
+            assert library.shared_bytes() <= shared_bytes <= 2**18, "the memory of on_cpu.h"
             library.run(grid[0], grid[1], threads, *map(_in_c, args))
 
         return launch
@@ -82,6 +82,7 @@ def build(source: str, name: str, defines: dict, folder: Path, flags: tuple[str,
     path = folder / f"{digest}.cpp"
     path.write_text(
         f'#include "on_cpu.h"\n{text}\n'
+        'extern "C" int shared_bytes() { return sizeof(Shared); }\n'
         f'extern "C" void run(int grid_x, int grid_y, int threads, {parameters}) {{\n'
         f"    on_cpu(grid_x, grid_y, threads, [&] {{ {name}({', '.join(names)}); }});\n}}\n"
     )

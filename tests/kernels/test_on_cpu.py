@@ -76,8 +76,6 @@ def launch(monkeypatch, folder):
 @pytest.mark.parametrize("mapping", MAPPINGS, ids=str)
 @pytest.mark.parametrize("n", [16, *(pytest.param(n, marks=pytest.mark.slow) for n in (5, 64))])
 def test_walk_is_the_recurrence(launch, mapping, n):
-    if mapping.vector(n) == 0:
-        pytest.skip("one channel would be too many for a warp's lanes")
     # 40 and 75: tails of blocks and of tiles
     given = made(1, 75, 40, n)
     y, final_state, _ = launch(given, mapping)
@@ -109,6 +107,18 @@ def test_options_are_those_of_the_reference(launch, given, n_segments):
     want_y, want_state = truth(given)
     # bf16 rounds y once
     assert_near(y, want_y, 1e-6 if given.x.dtype == torch.float32 else 2.5e-3)
+    assert_near(final_state, want_state, 1e-6)
+
+
+@pytest.mark.parametrize("mapping", [cuda.TEAM_OF_2, cuda.TEAM_OF_4], ids=str)
+@pytest.mark.parametrize("is_packed", [False, True], ids=["rows", "packed"])
+def test_teams_read_halves(launch, mapping, is_packed):
+    lengths = {"rows": len(LENGTHS), "cu_seqlens": pack(LENGTHS)} if is_packed else {}
+    given = made(1, sum(LENGTHS), 40, 16, dtype=torch.bfloat16, **lengths)
+    y, final_state, _ = launch(given, mapping)
+    want_y, want_state = truth(given)
+    # bf16 rounds y once
+    assert_near(y, want_y, 2.5e-3)
     assert_near(final_state, want_state, 1e-6)
 
 
@@ -203,7 +213,7 @@ def main(folder, kind):
     cuda.loader.load = on_cpu.loader(Path(folder), "-O1", "-g", f"-fsanitize={kind}")
     for mapping in MAPPINGS:
         cuda.launch(made(1, 75, 40, 64 if mapping.channels > 1 else 16), mapping)
-        if mapping.channels == 1 and mapping.warps == 4:
+        if mapping.channels == 1 and mapping.warps < 16:
             given = made(1, sum(LENGTHS), 8, 16, rows=len(LENGTHS), cu_seqlens=pack(LENGTHS))
             cuda.launch(given, mapping, checkpoint_every=32)
     # a pack that ends too early, and one of nothing, have no tensor behind them

@@ -388,6 +388,11 @@ CHOICES = {
     (1, 4224, 2048, 16): TEAM_OF_2,
     (1, 4225, 2048, 16): TEAM_OF_4,
     (1, 2113, 2048, 16): TEAM_OF_2,
+    # rows whose last block is partly empty: more than a wave of large ones
+    (86, 384, 2048, 16): MANY,
+    (80, 96, 2048, 16): MANY,
+    # where it would be a wave, of one lane a channel
+    (16, 4096, 2048, 8): MANY._replace(min_blocks=3),
     (2, 4096, 2048, 32): MANY,
     (1, 4096, 2048, 32): TEAM_OF_4,
     # as many segments as give two warps a scheduler, of 128 tokens at least

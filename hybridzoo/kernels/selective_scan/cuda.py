@@ -47,7 +47,7 @@ class Mapping(NamedTuple):
         tokens: of a tile.
         n_segments: of a row, side by side; fewer where it is short.
         min_blocks: blocks that one multiprocessor shall hold, which bounds a thread's registers.
-        team: warps that read and write together, in longer runs: 1 or all of a block.
+        team: warps that read and write together, in longer rows: 1, or some that divide `warps`.
     """
 
     states: int
@@ -144,7 +144,7 @@ def selective_scan_cuda(
     given = Arguments(
         x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_min, dt_max
     )
-    y, final_state, _ = launch(given, choose(x.shape, A.shape[1], x.device))
+    y, final_state, _ = launch(given, choose(x.shape, A.shape[1], x.device, B.shape[2]))
     return y, final_state
 
 
@@ -169,19 +169,20 @@ def _(
 backward.register(selective_scan_cuda)
 
 
-def choose(shape: tuple[int, ...], n: int, device: torch.device) -> Mapping:
-    """The mapping for x of this shape and n states, as measured on one H200.
+def choose(shape: tuple[int, ...], n: int, device: torch.device, groups: int = 1) -> Mapping:
+    """The mapping for x of this shape, n states and groups of B, as measured on one H200.
 
     Eight states a thread take the fewest instructions, but leave few warps where a batch has few
     channels: two warps a scheduler take half the states, or a quarter. With fewer channels still a
     row is cut into segments, which costs most of the walk twice.
     """
     gpu = torch.cuda.get_device_properties(device)
-    return _choose(*shape, n, gpu.multi_processor_count, gpu.shared_memory_per_block_optin)
+    n_sms, room = gpu.multi_processor_count, gpu.shared_memory_per_block_optin
+    return _choose(*shape, n, groups, n_sms, room)
 
 
 @functools.lru_cache(1024)
-def _choose(b: int, l: int, i: int, n: int, n_sms: int, room: int) -> Mapping:
+def _choose(b: int, l: int, i: int, n: int, groups: int, n_sms: int, room: int) -> Mapping:
     if n > 32:
         return Mapping(8, 2, 4, 8, min_blocks=2)
     # a whole channel a thread wants some registers more
@@ -189,8 +190,10 @@ def _choose(b: int, l: int, i: int, n: int, n_sms: int, room: int) -> Mapping:
     if l < 256:
         return many
     # one wave of blocks as large as a multiprocessor: all of them end together
-    for mapping, least in ((WAVE, 0.95), (TEAM_OF_4, 0.5), (TEAM_OF_2, 0.5)):
-        blocks = b * i / (mapping.width(n) * mapping.warps)
+    waves = ((WAVE, 0.95), (TEAM_OF_4, 0.5), (TEAM_OF_2, 0.5))
+    # with one lane a channel the first has too few registers
+    for mapping, least in waves if n > 8 else waves[1:]:
+        blocks = _n_blocks(mapping, b, i, n, groups)
         if least * n_sms < blocks <= n_sms and _shared_bytes(mapping, n, False) <= room:
             return mapping
     # channels, so that every scheduler has two warps
@@ -202,6 +205,11 @@ def _choose(b: int, l: int, i: int, n: int, n_sms: int, room: int) -> Mapping:
         return many._replace(n_segments=min(wanted // (b * i), n_segments))
     few = Mapping(4, 1, 4, 32, n_segments, team=4)
     return few if _shared_bytes(few, n, False) <= room else few._replace(tokens=16)
+
+
+def _n_blocks(mapping: Mapping, b: int, i: int, n: int, groups: int) -> int:
+    """Of a segment; none has channels of two groups."""
+    return b * groups * -(-(i // max(groups, 1)) // (mapping.width(n) * mapping.warps))
 
 
 def launch(
@@ -241,12 +249,14 @@ def launch(
         given.dt_min, given.dt_max, *_strides(given),
     )  # fmt: skip
     defines = _defines(given, mapping) | {"CHECKPOINTS": int(checkpoint_every > 0)}
-    groups = given.B.shape[2]
-    blocks = b * groups * -(-(i // groups) // (mapping.width(n) * mapping.warps))
+    blocks = _n_blocks(mapping, b, i, n, given.B.shape[2])
     for name, is_ends, grid_y in (("ends", 1, n_segments - 1), ("fwd", 0, n_segments)):
         # a pack of no sequences has nothing to walk
         if grid_y and rows:
             macros = {**defines, "ENDS": is_ends}
+            if is_ends and cu_seqlens is not None:
+                # which want more registers still
+                macros["MIN_BLOCKS"] = max(1, macros["MIN_BLOCKS"] - 1)
             kernel = loader.load(SOURCE, f"selective_scan_{name}", macros, x.device)
             shared = _shared_bytes(mapping, n, bool(is_ends))
             kernel((blocks, grid_y, 1), LANES * mapping.warps, shared, *arguments)
@@ -329,9 +339,9 @@ def _defines(given: Arguments, mapping: Mapping) -> dict[str, int]:
     }
 
 
-@functools.cache
+@functools.lru_cache(1024)
 def _shared_bytes(mapping: Mapping, n: int, is_ends: bool) -> int:
-    """Size of `Shared` in fwd.cu."""
+    """Size of `Shared` in fwd.cu, or somewhat more: of B and C in fp32."""
     width, rows = mapping.width(n), mapping.tokens
     # tiles of steps and of sums; three of B and of C
     ring = 3 if mapping.team > 1 else 2
