@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <barrier>
+#include <chrono>
 #include <cmath>
 #include <condition_variable>
 #include <cstdlib>
@@ -74,7 +75,11 @@ inline void wait(unsigned long long* barrier, int parity) {
     {
         std::unique_lock guard(barrier_lock);
         const Barrier& found = barriers.at(barrier);
-        barrier_turn.wait(guard, [&] { return (found.phase & 1) != unsigned(parity); });
+        const bool is_over = barrier_turn.wait_for(guard, std::chrono::seconds(100), [&] {
+            return (found.phase & 1) != unsigned(parity);
+        });
+        // a deadlock ends the process, as nothing else could
+        if (!is_over) std::abort();
     }
     __syncwarp();
 }
