@@ -187,6 +187,7 @@ def _choose(b: int, l: int, i: int, n: int, groups: int, n_sms: int, room: int) 
         return Mapping(8, 2, 4, 8, min_blocks=2)
     # a whole channel a thread wants some registers more
     many = Mapping(8, 1, 4, 16, min_blocks=4 if n > 8 else 3)
+    # what a tile of 32 tokens, or another launch, costs a short row does not bring back
     if l < 256:
         return many
     # one wave of blocks as large as a multiprocessor: all of them end together
