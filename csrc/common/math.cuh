@@ -14,6 +14,16 @@ __device__ __forceinline__ float exp2_approx(float x) {
     return y;
 }
 
+// What exp2_approx leaves off an exponent on average: 0.7e-8 to 4e-8, least near 0 (measured on an
+// H200). Added within its multiplication it costs nothing, and 2 ** it is 1. A product of thousands
+// of factors would sum the lack up.
+constexpr float EXP2_LACK = 1e-8f;
+
+// 2 ** (x y), to be multiplied with others of its kind
+__device__ __forceinline__ float exp2_factor(float x, float y) {
+    return exp2_approx(fmaf(x, y, EXP2_LACK));
+}
+
 // exp(x), off by |x| / 2 ** 24 besides: what rounding the exponent to fp32 costs.
 __device__ __forceinline__ float exp_approx(float x) { return exp2_approx(LOG2E * x); }
 
@@ -34,13 +44,14 @@ __device__ __forceinline__ float reciprocal(float x) {
     return y;
 }
 
-// Terms FROM down to TO, by Horner's rule, of log(1 + e) / e for e in [0, 1]: minimax, degree 8,
-// 1.8e-7 of the value in fp32. log2(1 + e) would lose what a small e adds to 1.
+// Terms FROM down to TO, by Horner's rule, of log(1 + e) / e for e in [0, 1]: minimax with 1 at 0,
+// degree 8, 1.7e-7 of the value in fp32 and a tenth of that on average. log2(1 + e) would lose what
+// a small e adds to 1.
 template <int FROM, int TO>
 __device__ __forceinline__ float softplus_terms(float sum, float e) {
-    constexpr float TERMS[] = {0.99999997f,   -0.499994931f,  0.333190968f,
-                               -0.248429822f, 0.191060068f,   -0.136632458f,
-                               0.0782259521f, -0.0295052389f, 0.0052326943f};
+    constexpr float TERMS[] = {1.0f,          -0.499996483f, 0.33321324f,
+                               -0.248571634f, 0.191536546f,  -0.137538016f,
+                               0.0792045295f, -0.030065788f, 0.00536482316f};
 #pragma unroll
     for (int k = FROM; k >= TO; --k) sum = fmaf(sum, e, TERMS[k]);
     return sum;

@@ -195,7 +195,7 @@ struct Walker {
 #pragma unroll
         for (int k = 0; k < CPT; ++k)
 #pragma unroll
-            for (int n = 0; n < SPT; ++n) decay[k][n] = exp2_approx(step[2 * k] * A[k][n]);
+            for (int n = 0; n < SPT; ++n) decay[k][n] = exp2_factor(step[2 * k], A[k][n]);
     }
 
     // Token t of a tile. What the two behind it need, which may lie in the next tile, is read and
@@ -214,7 +214,7 @@ struct Walker {
 #pragma unroll
             for (int k = 0; k < CPT; ++k) {
                 h[k][n] = fmaf(decay[k][n], h[k][n], step[2 * k + 1] * unpack(maps, n));
-                decay[k][n] = exp2_approx(next_step[2 * k] * A[k][n]);
+                decay[k][n] = exp2_factor(next_step[2 * k], A[k][n]);
 #if !ENDS
                 const float C = unpack(maps, SPT + n);
                 sum[k] = n == 0 ? h[k][n] * C : fmaf(h[k][n], C, sum[k]);
