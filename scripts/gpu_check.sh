@@ -50,7 +50,10 @@ read -r -a kernel <<<"${KERNEL:-}"
 read -r -a decode <<<"${DECODE:-}"
 if is_asked machine; then part machine 120 bash -euo pipefail -c describe; fi
 if is_asked tests; then
-    part tests 420 "$python" -m pytest -m gpu -q -rfE -p no:cacheprovider "${tests[@]:-tests}"
+    # where pytest-xdist is, eight processes; of one thread each, as what is right is found on the CPU
+    if "$python" -c 'import xdist' 2>/dev/null; then many=(-n 8); else many=(); fi
+    OMP_NUM_THREADS=1 part tests 900 "$python" -m pytest -m gpu -q -rfE -p no:cacheprovider \
+        ${many[@]+"${many[@]}"} "${tests[@]:-tests}"
 fi
 if is_asked kernel; then
     part kernel 300 "$python" scripts/bench/kernel.py --out "$out/kernel.json" ${kernel[@]+"${kernel[@]}"}

@@ -1,5 +1,6 @@
 """selective_scan: every backend against a step-by-step oracle, and the adjoint against numbers."""
 
+import functools
 import time
 from math import inf
 from types import SimpleNamespace
@@ -460,7 +461,7 @@ PACKS = {
               13, 0, 0],
     "long": [5, 388, 0, 4],
 }  # fmt: skip
-every_layout = pytest.mark.parametrize("lengths", PACKS.values(), ids=PACKS)
+every_layout = pytest.mark.parametrize("layout", PACKS)
 every_cut = pytest.mark.parametrize("n_segments", [1, 2, 5])
 
 
@@ -512,6 +513,8 @@ def true_states(call, length=LENGTH):
             _, final = outputs(head.having(cu_seqlens=ends.clamp(max=place)), "reference")
             # the first whose end is not before the place
             states.append(final[(ends[1:] < place).sum()][None])
+    if not states:
+        return wide["A"].new_empty(wide["x"].shape[0], 0, *wide["A"].shape)
     return torch.stack(states, 1)
 
 
@@ -536,21 +539,31 @@ def test_states_before_tokens_of_a_pack_are_those_of_sequences_cut_there(lengths
     assert seen == set(range(got.shape[1]))
 
 
+@functools.cache
+def truth(n, layout, has_state=True, length=LENGTH):
+    """A call; in float64 its outputs, and its states before every 32nd token."""
+    call = scan_arguments(n, PACKS[layout], has_state, length)
+    return call, *outputs(call.to(torch.float64), "reference"), true_states(call, length)
+
+
+def check_mapping(mapping, checkpoint_every, *case):
+    call, y, final_state, states = truth(*case)
+    got_y, got_state, checkpoints = launch(call, mapping, checkpoint_every)
+    assert_rows_near(got_y.flatten(0, 1), y.flatten(0, 1))
+    assert_rows_near(got_state, final_state)
+    if checkpoint_every:
+        assert checkpoints.shape == states.shape
+        assert_rows_near(checkpoints.flatten(0, 1), states.flatten(0, 1))
+    else:
+        assert checkpoints.shape[1] == 0
+
+
 @pytest.mark.gpu
 @every_layout
 @every_cut
 @every_mapping
-def test_mappings_and_segments_change_nothing(mapping, n, n_segments, lengths):
-    call = scan_arguments(n, lengths)
-    y, final_state, checkpoints = launch(call, mapping._replace(n_segments=n_segments))
-    check_outputs(call, y, final_state)
-    assert checkpoints.shape[1] == 0
-
-
-def check_outputs(call, y, final_state):
-    want_y, want_state = outputs(call.to(torch.float64), "reference")
-    assert_rows_near(y.flatten(0, 1), want_y.flatten(0, 1))
-    assert_rows_near(final_state, want_state)
+def test_mappings_and_segments_change_nothing(mapping, n, n_segments, layout):
+    check_mapping(mapping._replace(n_segments=n_segments), 0, n, layout)
 
 
 @pytest.mark.gpu
@@ -558,26 +571,15 @@ def check_outputs(call, y, final_state):
 @every_layout
 @every_cut
 @every_mapping
-def test_checkpoints_are_the_states_before(mapping, n, n_segments, lengths, has_state):
-    call, mapping = scan_arguments(n, lengths, has_state), mapping._replace(n_segments=n_segments)
-    y, final_state, checkpoints = launch(call, mapping, checkpoint_every=32)
-    check_outputs(call, y, final_state)
-    want = true_states(call)
-    assert checkpoints.shape == want.shape
-    assert_rows_near(checkpoints.flatten(0, 1), want.flatten(0, 1))
+def test_checkpoints_are_the_states_before(mapping, n, n_segments, layout, has_state):
+    check_mapping(mapping._replace(n_segments=n_segments), 32, n, layout, has_state)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("length", [0, 1, 31, 32, 33])
 @every_mapping
 def test_short_rows_have_fewer_segments(mapping, n, length):
-    call, mapping = scan_arguments(n, None, length=length), mapping._replace(n_segments=5)
-    y, final_state, checkpoints = launch(call, mapping, checkpoint_every=32)
-    check_outputs(call, y, final_state)
-    assert checkpoints.shape[1] == -(-length // 32)
-    if length:
-        want = true_states(call, length)
-        assert_rows_near(checkpoints.flatten(0, 1), want.flatten(0, 1))
+    check_mapping(mapping._replace(n_segments=5), 32, n, "rows", True, length)
 
 
 @pytest.mark.parametrize("length", [0, 1])
