@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hybridzoo.kernels.adjoint import recomputed_gradients
 from hybridzoo.kernels.jit import available, jit, tl, triton
+from hybridzoo.kernels.raw_op import raw_op
 from hybridzoo.kernels.rms_norm import reference
 
 __all__ = ["available", "run", "why_not"]
@@ -79,7 +80,7 @@ def _norm_kernel(x_ptr, weight_ptr, residual_ptr, y_ptr, h_ptr, eps, n_rows, n_i
     tl.store(y_ptr + places, y.to(x.dtype), mask=mask)
 
 
-@torch.library.custom_op("hybridzoo::rms_norm_triton", mutates_args=())
+@raw_op("rms_norm_triton")
 def _rms_norm(
     x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, weight_fp32: bool
 ) -> tuple[Tensor, Tensor]:
@@ -118,7 +119,7 @@ def _allocate(
     return x.new_empty(x.shape), h
 
 
-@torch.library.custom_op("hybridzoo::rms_norm_triton_backward", mutates_args=())
+@raw_op("rms_norm_triton_backward")
 def _backward(
     dy: Tensor,
     dh: Tensor,

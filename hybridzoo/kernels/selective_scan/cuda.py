@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hybridzoo.errors import BackendError
 from hybridzoo.kernels import loader
+from hybridzoo.kernels.raw_op import raw_op
 from hybridzoo.kernels.selective_scan import backward
 
 SOURCE = "selective_scan/fwd.cu"
@@ -124,7 +125,7 @@ def run(
     )
 
 
-@torch.library.custom_op("hybridzoo::selective_scan_cuda", mutates_args=())
+@raw_op("selective_scan_cuda")
 def selective_scan_cuda(
     x: Tensor,
     dt: Tensor,
