@@ -581,6 +581,49 @@ def test_errors_of_many_decays_do_not_add_up():
     assert (left / truth - 1).mean().abs() < 1.2e-5
 
 
+def test_a_plan_is_kept_for_what_is_laid_out_alike_and_for_nothing_else(monkeypatch):
+    loaded, launched = [], []
+
+    def load(source, name, defines, device):
+        loaded.append(defines)
+        return lambda *args: launched.append(args)
+
+    monkeypatch.setattr(cuda.loader, "load", load)
+    wide = torch.zeros(2, 48, 72)
+    call = scan_inputs((2, 32, 64, 1, 16), torch.float32).having(x=wide[:, :32, :64])
+    names = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state", "cu_seqlens")
+    given = cuda.Arguments(*(call.arguments.get(k) for k in names), True, 0.0, inf)
+    half = {k: getattr(given, k).bfloat16() for k in ("x", "dt", "B", "C", "z")}
+    length = {k: getattr(given, k)[:, :24].contiguous() for k in ("x", "dt", "B", "C", "z")}
+    others = {
+        "address": ((given._replace(x=wide[:, :32, 1:65]), MANY), {"ALIGNED": 0}),
+        "stride": ((given._replace(x=wide[:, :32, :64].contiguous()), MANY), {}),
+        "dtype": ((given._replace(**half), MANY), {"DTYPE": 1}),
+        "length": ((given._replace(**length), MANY), {}),
+        "absent": ((given._replace(z=None), MANY), {"GATED": 0}),
+        "softplus": ((given._replace(dt_softplus=False), MANY), {"SOFTPLUS": 0}),
+        "limits": ((given._replace(dt_max=2.0), MANY), {"LIMITS": 1}),
+        "mapping": ((given, WAVE), {"WARPS": 16, "MIN_BLOCKS": 1}),
+        "checkpoints": ((given, MANY, 16), {"CHECKPOINTS": 1}),
+    }
+    cuda.launch(given, MANY)
+    usual = loaded[0]
+    for name, (other, defines) in others.items():
+        cuda.launch(given, MANY)
+        assert len(loaded) == 1, name
+        cuda.launch(*other)
+        assert loaded.pop() == {**usual, **defines}, name
+        cuda.launch(*other)
+        assert len(loaded) == 1, name
+        # grid, threads, bytes; 15 tensors, x first; numbers, the length first
+        assert launched[-1][3] is launched[-2][3] is other[0].x
+        assert launched[-1][18:] == launched[-2][18:]
+        assert launched[-1][18] == other[0].x.shape[1]
+        assert (launched[-1][18:] == launched[0][18:]) == (
+            name in ("address", "softplus", "mapping")
+        )
+
+
 @pytest.mark.parametrize("length", [0, 1])
 def test_final_state_is_no_alias(length):
     call = scan_inputs((2, length, 4, 1, 3))

@@ -2,7 +2,7 @@
 
 import functools
 from math import inf
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,19 +20,22 @@ LANES = 32
 MAX_SEGMENTS = 65535
 
 
-class Arguments(NamedTuple):
-    """Those of `selective_scan_cuda`, in its order."""
+T = TypeVar("T")
 
-    x: Tensor
-    dt: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    z: Tensor | None
-    dt_bias: Tensor | None
-    initial_state: Tensor | None
-    cu_seqlens: Tensor | None
+
+class Arguments(NamedTuple, Generic[T]):
+    """Those of `selective_scan_cuda`, in its order: tensors, or what is known of them."""
+
+    x: T
+    dt: T
+    A: T
+    B: T
+    C: T
+    D: T | None
+    z: T | None
+    dt_bias: T | None
+    initial_state: T | None
+    cu_seqlens: T | None
     dt_softplus: bool
     dt_min: float
     dt_max: float
@@ -214,8 +217,35 @@ def _n_blocks(mapping: Mapping, b: int, i: int, n: int, groups: int) -> int:
     return b * groups * -(-(i // max(groups, 1)) // (mapping.width(n) * mapping.warps))
 
 
+class Layout(NamedTuple):
+    """What of a tensor decides how a kernel reads it; its address counts modulo 16."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    address: int
+
+
+class Plan(NamedTuple):
+    """A launch but for its tensors; kept, as it takes the host long, for others laid out alike.
+
+    Attributes:
+        rows: of the states.
+        n_checkpoints: of a row of the batch.
+        n_segments: of a row of the batch.
+        numbers: the kernels' arguments behind the tensors.
+        kernels: each with its grid and its bytes of shared memory, in order.
+    """
+
+    rows: int
+    n_checkpoints: int
+    n_segments: int
+    numbers: tuple[int | float, ...]
+    kernels: tuple[tuple[loader.Kernel, tuple[int, int, int], int], ...]
+
+
 def launch(
-    given: Arguments, mapping: Mapping, checkpoint_every: int = 0
+    given: Arguments[Tensor], mapping: Mapping, checkpoint_every: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the kernel with a mapping.
 
@@ -231,41 +261,65 @@ def launch(
     Raises:
         BackendError: a tensor has not the contract's shape.
     """
-    _check_shapes(given)
     given = _laid_out(given)
-    x, A, cu_seqlens = given.x, given.A, given.cu_seqlens
+    plan = _plan(given.x.device, mapping, checkpoint_every, given[10:], *map(_layout, given[:10]))
+    x, A = given.x, given.A
     (b, l, i), n = x.shape, A.shape[1]
-    rows = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    y = torch.empty((b, l, i), dtype=x.dtype, device=x.device)
+    final_state = A.new_empty(plan.rows, i, n)
+    checkpoints = A.new_empty(b, plan.n_checkpoints, i, n)
+    ends = dt_sums = None
+    if plan.n_segments > 1:
+        ends = A.new_empty(b, plan.n_segments - 1, i, n)
+        dt_sums = A.new_empty(b, plan.n_segments - 1, i)
+    arguments = (*given[:10], y, final_state, checkpoints, ends, dt_sums, *plan.numbers)
+    for kernel, grid, shared in plan.kernels:
+        kernel(grid, LANES * mapping.warps, shared, *arguments)
+    return y, final_state, checkpoints
+
+
+def _layout(t: Tensor | None) -> tuple[Any, ...] | None:
+    return None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16)
+
+
+@functools.lru_cache(1024)
+def _plan(
+    device: torch.device,
+    mapping: Mapping,
+    checkpoint_every: int,
+    options: tuple[bool, float, float],
+    *layouts: tuple[Any, ...] | None,
+) -> Plan:
+    """How to launch on tensors of these layouts, each as Layout has it."""
+    given: Arguments[Layout] = Arguments(*(t and Layout(*t) for t in layouts), *options)
+    _check_shapes(given)
+    (b, l, i), n = given.x.shape, given.A.shape[1]
+    rows = b if given.cu_seqlens is None else given.cu_seqlens.shape[0] - 1
     # whole tiles a segment, and in training whole distances of checkpoints
     unit = max(mapping.tokens, checkpoint_every)
     segment = -(-max(l, 1) // (mapping.n_segments * unit)) * unit
     n_segments = -(-max(l, 1) // segment)
-    y = torch.empty((b, l, i), dtype=x.dtype, device=x.device)
-    final_state = A.new_empty(rows, i, n)
-    checkpoints = A.new_empty(b, -(-l // checkpoint_every) if checkpoint_every else 0, i, n)
-    ends = A.new_empty(b, n_segments - 1, i, n) if n_segments > 1 else None
-    dt_sums = A.new_empty(b, n_segments - 1, i) if n_segments > 1 else None
-    arguments = (
-        *given[:10], y, final_state, checkpoints, ends, dt_sums,
+    numbers = (
         l, i, i // given.B.shape[2], n, rows, segment, n_segments, checkpoint_every,
-        given.dt_min, given.dt_max, *_strides(given),
+        float(given.dt_min), float(given.dt_max), *_strides(given),
     )  # fmt: skip
     defines = _defines(given, mapping) | {"CHECKPOINTS": int(checkpoint_every > 0)}
     blocks = _n_blocks(mapping, b, i, n, given.B.shape[2])
+    kernels = []
     for name, is_ends, grid_y in (("ends", 1, n_segments - 1), ("fwd", 0, n_segments)):
         # a pack of no sequences has nothing to walk
         if grid_y and rows:
             macros = {**defines, "ENDS": is_ends}
-            if is_ends and cu_seqlens is not None:
+            if is_ends and given.cu_seqlens is not None:
                 # which want more registers still
                 macros["MIN_BLOCKS"] = max(1, macros["MIN_BLOCKS"] - 1)
-            kernel = loader.load(SOURCE, f"selective_scan_{name}", macros, x.device)
-            shared = _shared_bytes(mapping, n, bool(is_ends))
-            kernel((blocks, grid_y, 1), LANES * mapping.warps, shared, *arguments)
-    return y, final_state, checkpoints
+            kernel = loader.load(SOURCE, f"selective_scan_{name}", macros, device)
+            kernels.append((kernel, (blocks, grid_y, 1), _shared_bytes(mapping, n, bool(is_ends))))
+    n_checkpoints = -(-l // checkpoint_every) if checkpoint_every else 0
+    return Plan(rows, n_checkpoints, n_segments, numbers, tuple(kernels))
 
 
-def _check_shapes(given: Arguments) -> None:
+def _check_shapes(given: Arguments[Layout]) -> None:
     """Refuse what the kernel would read beyond."""
     (b, l, i), n, g = given.x.shape, given.A.shape[1], given.B.shape[2]
     rows = b if given.cu_seqlens is None else given.cu_seqlens.shape[0] - 1
@@ -286,7 +340,7 @@ def _check_shapes(given: Arguments) -> None:
         )
 
 
-def _laid_out(given: Arguments) -> Arguments:
+def _laid_out(given: Arguments[Tensor]) -> Arguments[Tensor]:
     """Neighbours of the last dimension side by side; what is of channels whole and fp32."""
     change = {}
     for name in ("x", "dt", "B", "C", "z"):
@@ -299,28 +353,28 @@ def _laid_out(given: Arguments) -> Arguments:
             change[name] = t.to(torch.float32).contiguous()
     if given.cu_seqlens is not None:
         change["cu_seqlens"] = given.cu_seqlens.to(torch.int32).contiguous()
-    return given._replace(**change, dt_min=float(given.dt_min), dt_max=float(given.dt_max))
+    return given._replace(**change) if change else given
 
 
-def _strides(given: Arguments) -> list[int]:
+def _strides(given: Arguments[Layout]) -> list[int]:
     x, dt, _, B, C, _, z, *_ = given
-    rows = [s for t in (x, dt, x if z is None else z) for s in t.stride()[:2]]
-    return rows + [s for t in (B, C) for s in t.stride()[:3]]
+    rows = [s for t in (x, dt, x if z is None else z) for s in t.stride[:2]]
+    return rows + [s for t in (B, C) for s in t.stride[:3]]
 
 
-def _defines(given: Arguments, mapping: Mapping) -> dict[str, int]:
+def _defines(given: Arguments[Layout], mapping: Mapping) -> dict[str, int]:
     """The macros of fwd.cu."""
     x, dt, A, B, C, _, z, *_ = given
     n, group = A.shape[1], x.shape[2] // B.shape[2]
     vector, maps = mapping.vector(n), mapping.maps(n)
     is_aligned = group % vector == 0 and n % maps == 0
-    size = x.element_size()
+    size = x.dtype.itemsize
     wide, narrow = min(16, vector * size), min(16, maps * size)
     for t, unit in ((x, wide), (dt, wide), (z, wide), (B, narrow), (C, narrow)):
         if is_aligned and t is not None:
             # every row begins at a multiple of it
-            *strides, _ = t.stride()
-            is_aligned = t.data_ptr() % unit == 0 and not any(s * size % unit for s in strides)
+            *strides, _ = t.stride
+            is_aligned = t.address % unit == 0 and not any(s * size % unit for s in strides)
     is_packed = given.cu_seqlens is not None
     return {
         "DTYPE": DTYPES[x.dtype],
