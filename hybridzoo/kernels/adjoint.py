@@ -14,7 +14,7 @@ def recomputed_gradients(
     inputs: Sequence[Tensor | None],
     cotangents: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Gradients of `function(*inputs)`, for the body of a raw op.
+    """Gradients of `function(*inputs)`, for the body of a torch.library.custom_op.
 
     Args:
         function: of tensors or None, to a tensor or a tuple of them, differentiable.

@@ -101,7 +101,4 @@ def cases():
         yield f"packed {has_state}", partial(packed, has_state)
     for call in (plain, bare, limited, packed_inputs(True, torch.float32)):
         yield "gradients", partial(gradients, call)
-        yield (
-            "opcheck",
-            partial(check_raw_op, torch.ops.hybridzoo.selective_scan_triton.default, call),
-        )
+        yield "opcheck", partial(check_raw_op, triton.selective_scan_triton, call)

@@ -10,7 +10,7 @@ import torch
 
 from hybridzoo.errors import BackendError
 from hybridzoo.kernels.dispatch import use
-from hybridzoo.kernels.selective_scan import cuda, reference, selective_scan
+from hybridzoo.kernels.selective_scan import backward, cuda, reference, selective_scan
 from tests.kernels import sass
 from tests.kernels.compare import (
     Call,
@@ -351,9 +351,7 @@ def test_gradients_without_a_kernel_are_a_proper_op(options, dtype):
     a, cotangents = call.arguments, outputs(call, "reference")
     inputs = (a["x"], a["dt"], a["A"], a["B"], a["C"], a["D"], a["z"], a["dt_bias"])
     rest = (a["initial_state"], None, True, 0.0, 2.0)
-    torch.library.opcheck(
-        torch.ops.hybridzoo.selective_scan_backward.default, (*cotangents, *inputs, *rest)
-    )
+    torch.library.opcheck(backward.selective_scan_backward, (*cotangents, *inputs, *rest))
 
 
 @pytest.mark.gpu

@@ -8,7 +8,6 @@ from torch import Tensor
 from hybridzoo.kernels.adjoint import recomputed_gradients
 from hybridzoo.kernels.causal_conv1d import reference
 from hybridzoo.kernels.jit import available, jit, tl, triton
-from hybridzoo.kernels.raw_op import raw_op
 
 # rows whose loads are in flight together
 UNROLL = 8
@@ -198,7 +197,7 @@ def _edges_kernel(x_ptr, weight_ptr, bias_ptr, state_ptr, cu_seqlens_ptr, y_ptr,
         tl.store(places + k * width, rows[k], mask=mask)
 
 
-@raw_op("causal_conv1d_triton")
+@torch.library.custom_op("hybridzoo::causal_conv1d_triton", mutates_args=())
 def _causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -264,7 +263,7 @@ def _allocate(
     return x.new_empty(x.shape), x.new_empty(rows, weight.shape[1] - 1, x.shape[2])
 
 
-@raw_op("causal_conv1d_triton_backward")
+@torch.library.custom_op("hybridzoo::causal_conv1d_triton_backward", mutates_args=())
 def _backward(
     dy: Tensor,
     dfinal_state: Tensor,

@@ -5,7 +5,6 @@ from torch import Tensor
 
 from hybridzoo.kernels.causal_conv1d.triton import append, load_taps, to_fp32, weigh
 from hybridzoo.kernels.jit import available, jit, tl, triton
-from hybridzoo.kernels.raw_op import raw_op
 
 __all__ = ["available", "run", "why_not"]
 
@@ -67,7 +66,7 @@ def _step_kernel(x_ptr, state_ptr, weight_ptr, bias_ptr, slots_ptr, y_ptr, width
         tl.store(places + k * state_stride_w, rows[k + 1], mask=is_used)
 
 
-@raw_op("causal_conv1d_step_triton", mutates=("conv_state",))
+@torch.library.custom_op("hybridzoo::causal_conv1d_step_triton", mutates_args=("conv_state",))
 def _causal_conv1d_step(
     x: Tensor,
     conv_state: Tensor,

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from hybridzoo.kernels.adjoint import recomputed_gradients
 from hybridzoo.kernels.jit import available, jit, tl, triton
-from hybridzoo.kernels.raw_op import raw_op
 from hybridzoo.kernels.rms_norm import reference
 
 __all__ = ["available", "run", "why_not"]
@@ -80,7 +79,7 @@ def _norm_kernel(x_ptr, weight_ptr, residual_ptr, y_ptr, h_ptr, eps, n_rows, n_i
     tl.store(y_ptr + places, y.to(x.dtype), mask=mask)
 
 
-@raw_op("rms_norm_triton")
+@torch.library.custom_op("hybridzoo::rms_norm_triton", mutates_args=())
 def _rms_norm(
     x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, weight_fp32: bool
 ) -> tuple[Tensor, Tensor]:
@@ -119,7 +118,7 @@ def _allocate(
     return x.new_empty(x.shape), h
 
 
-@raw_op("rms_norm_triton_backward")
+@torch.library.custom_op("hybridzoo::rms_norm_triton_backward", mutates_args=())
 def _backward(
     dy: Tensor,
     dh: Tensor,

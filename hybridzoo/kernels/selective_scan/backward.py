@@ -5,14 +5,14 @@ One opaque op, so that compiled graphs need not trace through the reference's lo
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hybridzoo.kernels.adjoint import recomputed_gradients
-from hybridzoo.kernels.raw_op import RawOp, raw_op
 from hybridzoo.kernels.selective_scan import reference
 
 
-@raw_op("selective_scan_backward")
+@torch.library.custom_op("hybridzoo::selective_scan_backward", mutates_args=())
 def selective_scan_backward(
     dy: Tensor,
     dfinal_state: Tensor,
@@ -51,14 +51,14 @@ def _(dy: Tensor, dfinal_state: Tensor, *inputs: Any) -> list[Tensor]:
     return [dy.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs[:9]]
 
 
-def register(op: RawOp) -> None:
+def register(op: Any) -> None:
     """Give a compiled scan its gradients.
 
     Args:
-        op: (x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_min, dt_max)
-            -> (y, final_state), absent tensors None.
+        op: the custom op, or its name: (x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens,
+            dt_softplus, dt_min, dt_max) -> (y, final_state), absent tensors None.
     """
-    op.register_autograd(_backward, setup_context=_setup_context)
+    torch.library.register_autograd(op, _backward, setup_context=_setup_context)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from hybridzoo.errors import BackendError
 from hybridzoo.kernels import loader
-from hybridzoo.kernels.raw_op import raw_op
 from hybridzoo.kernels.selective_scan import backward
 
 SOURCE = "selective_scan/fwd.cu"
@@ -128,7 +127,7 @@ def run(
     )
 
 
-@raw_op("selective_scan_cuda")
+@torch.library.custom_op("hybridzoo::selective_scan_cuda", mutates_args=())
 def selective_scan_cuda(
     x: Tensor,
     dt: Tensor,

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from hybridzoo.kernels.jit import available, jit, tl, triton
-from hybridzoo.kernels.raw_op import raw_op
 from hybridzoo.kernels.selective_scan import backward
 
 __all__ = ["available", "run", "why_not"]
@@ -66,7 +65,7 @@ def run(
     )
 
 
-@raw_op("selective_scan_triton")
+@torch.library.custom_op("hybridzoo::selective_scan_triton", mutates_args=())
 def selective_scan_triton(
     x: Tensor,
     dt: Tensor,

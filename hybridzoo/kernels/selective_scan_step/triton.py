@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from hybridzoo.kernels.jit import available, jit, tl, triton
-from hybridzoo.kernels.raw_op import raw_op
 from hybridzoo.kernels.selective_scan.triton import (
     DTYPES,
     LOG2E,
@@ -81,7 +80,7 @@ def run(
     )
 
 
-@raw_op("selective_scan_step_triton", mutates=("ssm_state",))
+@torch.library.custom_op("hybridzoo::selective_scan_step_triton", mutates_args=("ssm_state",))
 def selective_scan_step_triton(
     x: Tensor,
     ssm_state: Tensor,
