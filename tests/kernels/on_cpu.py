@@ -68,11 +68,11 @@ def build(source: str, name: str, defines: dict, folder: Path, flags: tuple[str,
     library = folder / f"{digest}.so"
     if library.exists():
         return library
-    # the shim has a barrier of its own
-    for header in (sources.csrc() / "common").glob("*.cuh"):
-        (folder / "common").mkdir(exist_ok=True)
-        text = translate(header.read_text()) if header.name != "barrier.cuh" else ""
-        (folder / "common" / header.name).write_text(text)
+    for header in sources.csrc().rglob("*.cuh"):
+        place = folder / header.relative_to(sources.csrc())
+        place.parent.mkdir(exist_ok=True)
+        # the shim has a barrier of its own
+        place.write_text(translate(header.read_text()) if header.name != "barrier.cuh" else "")
     shutil.copy(SHIM, folder)
     text = translate((sources.csrc() / source).read_text())
     # the one signature, without its comments
