@@ -141,7 +141,7 @@ CASES = [
     Case(
         "scan-wave-fp32",
         lambda: run_cuda(8, 2048, 4096, 16, FP32),
-        {FWD: Bound(128, 7.8, n_special=152)},
+        {FWD: Bound(128, 7.7, n_special=152)},
     ),
     Case(
         "scan-wave-checkpoints",
@@ -149,16 +149,16 @@ CASES = [
         {FWD: Bound(128, 7.8, n_special=152)},
     ),
     # of many channels: small blocks, (8, 1, 4, 16)
-    Case("scan-many", lambda: run_cuda(4, 2048, 4096, 16), {FWD: Bound(128, 7.5, n_special=152)}),
+    Case("scan-many", lambda: run_cuda(4, 2048, 4096, 16), {FWD: Bound(128, 7.3, n_special=152)}),
     Case(
         "scan-many-fp16",
         lambda: run_cuda(4, 2048, 4096, 16, FP16),
-        {FWD: Bound(128, 7.5, n_special=152)},
+        {FWD: Bound(128, 7.3, n_special=152)},
     ),
     Case(
         "scan-many-checkpoints",
         lambda: run_cuda(4, 2048, 4096, 16, checkpoint_every=64),
-        {FWD: Bound(128, 7.8, n_special=152)},
+        {FWD: Bound(128, 7.65, n_special=152)},
     ),
     Case(
         "scan-many-packed",
@@ -166,31 +166,31 @@ CASES = [
         {FWD: Bound(168, 7.6, n_special=152)},
     ),
     # a lane has 16 channels where one thread walks all states of its own
-    Case("scan-n8", lambda: run_cuda(8, 2048, 4096, 8), {FWD: Bound(168, 7.95, n_special=176)}),
+    Case("scan-n8", lambda: run_cuda(8, 2048, 4096, 8), {FWD: Bound(168, 7.7, n_special=176)}),
     # nothing is aligned: element by element
-    Case("scan-n5", lambda: run_cuda(2, 37, 255, 5), {FWD: Bound(168, 9.45, 32, 176)}),
+    Case("scan-n5", lambda: run_cuda(2, 37, 255, 5), {FWD: Bound(168, 9.4, 32, 176)}),
     # of fewer: the same blocks, in segments
     Case(
         "scan-segments",
         lambda: run_cuda(1, 2048, 1536, 16),
-        {FWD: Bound(128, 7.5, n_special=152), ENDS: Bound(128, 6.1, n_special=136)},
+        {FWD: Bound(128, 7.3, n_special=152), ENDS: Bound(128, 5.9, n_special=136)},
     ),
     Case(
         "scan-segments-packed",
         lambda: run_cuda(1, 2048, 1536, 16, is_packed=True),
-        {FWD: Bound(168, 7.6, n_special=152), ENDS: Bound(255, 6.3, n_special=136)},
+        {FWD: Bound(168, 7.6, n_special=152), ENDS: Bound(255, 6.2, n_special=136)},
     ),
     # of two warps a scheduler, TEAM_OF_4 and TEAM_OF_2
-    Case("scan-team4", lambda: run_cuda(1, 2048, 8192, 16), {FWD: Bound(168, 7.9, n_special=152)}),
+    Case("scan-team4", lambda: run_cuda(1, 2048, 8192, 16), {FWD: Bound(152, 7.9, n_special=152)}),
     Case(
         "scan-team4-fp32",
         lambda: run_cuda(1, 2048, 8192, 16, FP32),
-        {FWD: Bound(168, 8.05, n_special=152)},
+        {FWD: Bound(160, 8.0, n_special=152)},
     ),
     Case(
         "scan-team4-packed",
         lambda: run_cuda(1, 8192, 8192, 16, is_packed=True),
-        {FWD: Bound(176, 8.0, n_special=152)},
+        {FWD: Bound(170, 7.8, n_special=152)},
     ),
     # which has four channels a lane: 8 bytes of bf16
     Case("scan-team2", lambda: run_cuda(1, 65536, 4096, 16), {FWD: Bound(128, 11.0, 64, 76)}),
@@ -202,20 +202,20 @@ CASES = [
     Case(
         "scan-team2-packed",
         lambda: run_cuda(1, 65536, 4096, 16, is_packed=True),
-        {FWD: Bound(168, 11.5, 64, 76)},
+        {FWD: Bound(128, 11.5, 64, 76)},
     ),
     # of fewest channels, in segments: a team of four
     Case(
         "scan-fewest",
         lambda: run_cuda(2, 2048, 256, 16),
-        {FWD: Bound(168, 7.95, n_special=152), ENDS: Bound(240, 6.2, n_special=136)},
+        {FWD: Bound(152, 7.95, n_special=152), ENDS: Bound(240, 6.1, n_special=136)},
     ),
     # of many states, (8, 2, 4, 8), four of which are 8 bytes of bf16
-    Case("scan-n64", lambda: run_cuda(4, 2048, 2048, 64), {FWD: Bound(255, 6.85, 64, 134)}),
+    Case("scan-n64", lambda: run_cuda(4, 2048, 2048, 64), {FWD: Bound(190, 6.85, 64, 134)}),
     Case(
         "scan-n64-packed",
         lambda: run_cuda(1, 8192, 8192, 64, is_packed=True),
-        {FWD: Bound(255, 7.4, 64, 134)},
+        {FWD: Bound(216, 7.4, 64, 134)},
     ),
 ]
 
