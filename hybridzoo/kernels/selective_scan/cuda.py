@@ -2,7 +2,7 @@
 
 import functools
 from math import inf
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ MAX_STATES = 64
 LANES = 32
 # of a grid along y
 MAX_SEGMENTS = 65535
-
 
 T = TypeVar("T")
 
@@ -38,6 +37,9 @@ class Arguments(NamedTuple, Generic[T]):
     dt_softplus: bool
     dt_min: float
     dt_max: float
+
+
+TENSORS = Arguments._fields[:10]
 
 
 class Mapping(NamedTuple):
@@ -261,24 +263,25 @@ def launch(
         BackendError: a tensor has not the contract's shape.
     """
     given = _laid_out(given)
-    plan = _plan(given.x.device, mapping, checkpoint_every, given[10:], *map(_layout, given[:10]))
+    tensors, options = given[: len(TENSORS)], given[len(TENSORS) :]
+    plan = _plan(given.x.device, mapping, checkpoint_every, options, *map(_layout, tensors))
     x, A = given.x, given.A
-    (b, l, i), n = x.shape, A.shape[1]
-    y = torch.empty((b, l, i), dtype=x.dtype, device=x.device)
+    b, (i, n) = x.shape[0], A.shape
+    y = x.new_empty(x.shape)
     final_state = A.new_empty(plan.rows, i, n)
     checkpoints = A.new_empty(b, plan.n_checkpoints, i, n)
     ends = dt_sums = None
     if plan.n_segments > 1:
         ends = A.new_empty(b, plan.n_segments - 1, i, n)
         dt_sums = A.new_empty(b, plan.n_segments - 1, i)
-    arguments = (*given[:10], y, final_state, checkpoints, ends, dt_sums, *plan.numbers)
+    arguments = (*tensors, y, final_state, checkpoints, ends, dt_sums, *plan.numbers)
     for kernel, grid, shared in plan.kernels:
         kernel(grid, LANES * mapping.warps, shared, *arguments)
     return y, final_state, checkpoints
 
 
-def _layout(t: Tensor | None) -> tuple[Any, ...] | None:
-    return None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16)
+def _layout(t: Tensor | None) -> Layout | None:
+    return None if t is None else Layout(t.shape, t.stride(), t.dtype, t.data_ptr() % 16)
 
 
 @functools.lru_cache(1024)
@@ -287,10 +290,10 @@ def _plan(
     mapping: Mapping,
     checkpoint_every: int,
     options: tuple[bool, float, float],
-    *layouts: tuple[Any, ...] | None,
+    *layouts: Layout | None,
 ) -> Plan:
-    """How to launch on tensors of these layouts, each as Layout has it."""
-    given: Arguments[Layout] = Arguments(*(t and Layout(*t) for t in layouts), *options)
+    """How to launch on tensors of these layouts."""
+    given: Arguments[Layout] = Arguments(*layouts, *options)
     _check_shapes(given)
     (b, l, i), n = given.x.shape, given.A.shape[1]
     rows = b if given.cu_seqlens is None else given.cu_seqlens.shape[0] - 1
@@ -394,9 +397,8 @@ def _defines(given: Arguments[Layout], mapping: Mapping) -> dict[str, int]:
     }
 
 
-@functools.lru_cache(1024)
 def _shared_bytes(mapping: Mapping, n: int, is_ends: bool) -> int:
-    """Size of `Shared` in fwd.cu, or somewhat more: of B and C in fp32."""
+    """Size of `Shared` in tile.cuh, or somewhat more: of B and C in fp32."""
     width, rows = mapping.width(n), mapping.tokens
     # tiles of steps and of sums; three of B and of C
     ring = 3 if mapping.team > 1 else 2
