@@ -42,7 +42,7 @@ from hybridzoo.kernels.dispatch import list_ops, parse_backends, set_backends, u
 from hybridzoo.layers import Sequence
 from hybridzoo.model import HybridLM
 
-# new tokens; what a generation costs beside them (prefill, capture) is some 50 ms more or less
+# new tokens; what a generation costs beside them (prefill, capture) varies by some 50 ms
 SHORT, LONG = 40, 552
 # a mixed-precision kernel may round otherwise than torch's ops do, but not lose more
 WORSE = 2.0

@@ -134,9 +134,13 @@ CASES = [
         lambda: run_step(256, 8192, 16),
         {"selective_scan_step._kernel": Bound(58, 14.1)},
     ),
-    # each mapping of choose(), by what leads to it. Of one wave of large blocks, (8, 1, 16, 16): a
-    # tile's 128 exponentials, 8 more of its first token, and for each of 8 elements softplus'
-    # exponential and silu's with its reciprocal
+    # Each mapping of choose(), by what leads to it. A walk that reads ahead across tiles needs more
+    # slots than one that began anew at each did: in large blocks on sm_80, where none was timed
+    # (7.6 for 7.5), in packs (7.6 for 7.5) and with 64 states (6.85 for 6.8; packed 7.4 for 7.1).
+    # On an H200 these are faster by 3 to 5 %; but a pack in segments, whose ends have 240 registers
+    # for 168 and so fewer warps, is slower by 4 % (RESULTS.md).
+    # Of one wave of large blocks, (8, 1, 16, 16): a tile's 128 exponentials, 8 more of its first
+    # token, and for each of 8 elements softplus' exponential and silu's with its reciprocal
     Case("scan-wave", lambda: run_cuda(8, 2048, 4096, 16), {FWD: Bound(128, 7.6, n_special=152)}),
     Case(
         "scan-wave-fp32",
