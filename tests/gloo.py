@@ -6,6 +6,7 @@ rank is named after TIMEOUT_S. Either way the processes are then killed.
 """
 
 import atexit
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -102,6 +103,8 @@ class _Pool:
 
 
 def _serve(pipe: Connection, rank: int, world: int, store: str) -> None:
+    # a rank that dies in C says where it was
+    faulthandler.enable()
     torch.set_num_threads(1)
     # MKL reads it at its first product: its bits then depend on the numbers alone, not on where in
     # memory they lie
