@@ -2,10 +2,11 @@
 
 import pytest
 
-from hybridzoo.kernels.selective_scan import cuda
+from hybridzoo.kernels.selective_scan import bwd, fwd
 
 
 @pytest.fixture(autouse=True)
 def no_plans():
     """A plan holds its kernels, and tests put others in their place."""
-    cuda._plan.cache_clear()
+    fwd._plan.cache_clear()
+    bwd._plan.cache_clear()

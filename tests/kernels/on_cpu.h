@@ -46,11 +46,22 @@ inline unsigned pack_bf16(float high, float low) {
 }
 
 inline thread_local Index threadIdx, blockIdx;
+inline Index gridDim;
 inline float4 memory[1 << 14];
 inline std::unique_ptr<std::barrier<>> block_barrier;
 inline std::vector<std::unique_ptr<std::barrier<>>> warp_barriers;
 inline void __syncthreads() { block_barrier->arrive_and_wait(); }
 inline void __syncwarp() { warp_barriers[threadIdx.x / 32]->arrive_and_wait(); }
+
+inline float exchanged[32][32];
+inline float __shfl_xor_sync(unsigned, float value, int bits) {
+    float(&lanes)[32] = exchanged[threadIdx.x / 32];
+    lanes[threadIdx.x % 32] = value;
+    __syncwarp();
+    const float found = lanes[threadIdx.x % 32 ^ bits];
+    __syncwarp();
+    return found;
+}
 
 // barrier.cuh, by a lock; the words in shared memory only name them
 struct Barrier { unsigned size, missing, phase; };
@@ -86,6 +97,7 @@ inline void wait(unsigned long long* barrier, int parity) {
 
 template <class Kernel>
 void on_cpu(int grid_x, int grid_y, int threads, Kernel kernel) {
+    gridDim = {unsigned(grid_x), unsigned(grid_y), 1};
     for (int y = 0; y < grid_y; ++y)
         for (int x = 0; x < grid_x; ++x) {
             // what a block before left there, no kernel may read

@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from hybridzoo.errors import BackendError
-from hybridzoo.kernels.selective_scan import cuda, reference
-from hybridzoo.kernels.selective_scan.cuda import Arguments, Mapping
+from hybridzoo.kernels.selective_scan import fwd, reference
+from hybridzoo.kernels.selective_scan.fwd import Arguments, Mapping
 from tests.kernels import on_cpu
 from tests.kernels.compare import pack, randn
 
 ROOT = Path(__file__).parents[2]
 # those of choose(), with segments and without
 MAPPINGS = [
-    cuda.WAVE, Mapping(8, 1, 4, 16), Mapping(8, 1, 4, 16, 2), cuda.TEAM_OF_4, cuda.TEAM_OF_2,
+    fwd.WAVE, Mapping(8, 1, 4, 16), Mapping(8, 1, 4, 16, 2), fwd.TEAM_OF_4, fwd.TEAM_OF_2,
     Mapping(4, 1, 4, 32, 2, team=4), Mapping(4, 1, 4, 16, 3, team=4), Mapping(8, 2, 4, 8),
 ]  # fmt: skip
 # empty ones first, last and inside; ends on borders of tiles (16, 32) and of segments
@@ -68,9 +68,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def launch(monkeypatch, folder):
-    """cuda.launch on CPU tensors."""
-    monkeypatch.setattr(cuda.loader, "load", on_cpu.loader(folder))
-    return cuda.launch
+    """fwd.launch on CPU tensors."""
+    monkeypatch.setattr(fwd.loader, "load", on_cpu.loader(folder))
+    return fwd.launch
 
 
 @pytest.mark.parametrize("mapping", MAPPINGS, ids=str)
@@ -110,7 +110,7 @@ def test_options_are_those_of_the_reference(launch, given, n_segments):
     assert_near(final_state, want_state, 1e-6)
 
 
-@pytest.mark.parametrize("mapping", [cuda.TEAM_OF_2, cuda.TEAM_OF_4], ids=str)
+@pytest.mark.parametrize("mapping", [fwd.TEAM_OF_2, fwd.TEAM_OF_4], ids=str)
 @pytest.mark.parametrize("is_packed", [False, True], ids=["rows", "packed"])
 def test_teams_read_halves(launch, mapping, is_packed):
     lengths = {"rows": len(LENGTHS), "cu_seqlens": pack(LENGTHS)} if is_packed else {}
@@ -188,6 +188,11 @@ def test_shapes_of_others_are_refused(launch, changed, message):
 @pytest.mark.parametrize("kind", ["thread", "address"])
 def test_sanitizers_find_nothing(folder, kind):
     """Races between lanes, and accesses outside the tensors."""
+    check_sanitizer("tests.kernels.test_on_cpu", folder, kind, f"{len(MAPPINGS)} mappings")
+
+
+def check_sanitizer(module, folder, kind, said):
+    """Run a module's main under it, which must say so much and be told nothing."""
     runtime = subprocess.run(
         ["g++", f"-print-file-name=lib{kind[0]}san.so"], capture_output=True, text=True
     ).stdout.strip()
@@ -198,7 +203,7 @@ def test_sanitizers_find_nothing(folder, kind):
     kinds = {"thread": "TSAN_OPTIONS", "address": "ASAN_OPTIONS"}
     done = subprocess.run(
         # without it ThreadSanitizer may not find its own addresses free
-        ["setarch", "-R", sys.executable, "-m", "tests.kernels.test_on_cpu", str(folder), kind],
+        ["setarch", "-R", sys.executable, "-m", module, str(folder), kind],
         cwd=ROOT,
         env={**os.environ, "LD_PRELOAD": runtime, kinds[kind]: options, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -206,20 +211,20 @@ def test_sanitizers_find_nothing(folder, kind):
     )
     found = "".join(path.read_text() for path in folder.glob(f"{kind}.log*"))
     assert not re.search("WARNING|ERROR", found), found[:3000]
-    assert done.returncode == 0 and f"{len(MAPPINGS)} mappings" in done.stdout, done.stderr[-3000:]
+    assert done.returncode == 0 and said in done.stdout, done.stderr[-3000:]
 
 
 def main(folder, kind):
-    cuda.loader.load = on_cpu.loader(Path(folder), "-O1", "-g", f"-fsanitize={kind}")
+    fwd.loader.load = on_cpu.loader(Path(folder), "-O1", "-g", f"-fsanitize={kind}")
     for mapping in MAPPINGS:
-        cuda.launch(made(1, 75, 40, 64 if mapping.channels > 1 else 16), mapping)
+        fwd.launch(made(1, 75, 40, 64 if mapping.channels > 1 else 16), mapping)
         if mapping.channels == 1 and mapping.warps < 16:
             given = made(1, sum(LENGTHS), 8, 16, rows=len(LENGTHS), cu_seqlens=pack(LENGTHS))
-            cuda.launch(given, mapping, checkpoint_every=32)
+            fwd.launch(given, mapping, checkpoint_every=32)
     # a pack that ends too early, and one of nothing, have no tensor behind them
     for cu_seqlens in ([0, 10, 30], [0]):
         given = made(1, 40 if len(cu_seqlens) > 1 else 0, 8, 16, initial_state=None)
-        cuda.launch(given._replace(cu_seqlens=torch.tensor(cu_seqlens).int()), MAPPINGS[0])
+        fwd.launch(given._replace(cu_seqlens=torch.tensor(cu_seqlens).int()), MAPPINGS[0])
     sys.stdout.write(f"{len(MAPPINGS)} mappings\n")
 
 

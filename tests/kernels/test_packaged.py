@@ -10,7 +10,7 @@ import torch
 
 from hybridzoo.kernels import loader, sources
 from hybridzoo.kernels.dispatch import use
-from hybridzoo.kernels.selective_scan import cuda
+from hybridzoo.kernels.selective_scan import fwd
 from hybridzoo.layers import Sequence, kind_config
 from tests.kernels import sass
 
@@ -51,8 +51,8 @@ def launch(shape, dtype, is_packed):
         A, weight = torch.zeros(i, 16), torch.zeros(i)
         ends = torch.zeros(3, dtype=torch.int32) if is_packed else None
     options = (weight, wide, weight, None, ends, True, 0.0, inf)
-    given = cuda.Arguments(wide, wide, A, maps, maps, *options)
-    cuda.launch(given, cuda.choose(shape, 16, wide.device))
+    given = fwd.Arguments(wide, wide, A, maps, maps, *options)
+    fwd.launch(given, fwd.choose(shape, 16, wide.device))
 
 
 def test_list_is_what_launches_ask_for(asked):

@@ -20,7 +20,7 @@ from hybridzoo.kernels.causal_conv1d import triton as conv
 from hybridzoo.kernels.causal_conv1d_step import triton as conv_step
 from hybridzoo.kernels.jit import triton
 from hybridzoo.kernels.rms_norm import triton as norm
-from hybridzoo.kernels.selective_scan import cuda
+from hybridzoo.kernels.selective_scan import fwd
 from hybridzoo.kernels.selective_scan import triton as scan
 from hybridzoo.kernels.selective_scan_step import triton as step
 from tests.kernels import sass
@@ -97,8 +97,8 @@ def run_cuda(b, l, i, n, dtype=BF16, is_packed=False, checkpoint_every=0):
         x, *rest = scan_inputs(b, l, i, n, dtype)
         weight, ends = zeros(i, dtype=FP32), torch.zeros(3, dtype=torch.int32)
     packed = ends if is_packed else None
-    given = cuda.Arguments(x, *rest, weight, x, weight, None, packed, True, 0.0, inf)
-    cuda.launch(given, cuda.choose(x.shape, n, x.device), checkpoint_every)
+    given = fwd.Arguments(x, *rest, weight, x, weight, None, packed, True, 0.0, inf)
+    fwd.launch(given, fwd.choose(x.shape, n, x.device), checkpoint_every)
 
 
 def pack():

@@ -7,7 +7,7 @@ import torch
 
 from hybridzoo.errors import BackendError
 from hybridzoo.kernels.dispatch import use
-from hybridzoo.kernels.selective_scan import backward, cuda, reference, selective_scan
+from hybridzoo.kernels.selective_scan import backward, fwd, reference, selective_scan
 from tests.kernels.compare import (
     Call,
     assert_same,
@@ -336,7 +336,7 @@ def test_exported_graphs_hold_the_scan_whole(backend, device, monkeypatch):
 def check_raw_op(op, call):
     """torch's own checks of an op with the signature that backward.register takes."""
     given = call.to(None).arguments
-    torch.library.opcheck(op, (*(given.get(n) for n in cuda.TENSORS), True, 0.0, 2.0))
+    torch.library.opcheck(op, (*(given.get(n) for n in fwd.TENSORS), True, 0.0, 2.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

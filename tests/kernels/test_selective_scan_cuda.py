@@ -10,16 +10,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hybridzoo.kernels.selective_scan import cuda, selective_scan
+from hybridzoo.kernels.selective_scan import fwd, selective_scan
 from tests.kernels import sass
 from tests.kernels.compare import Call, pack, skip_unless_supported
 from tests.kernels.oracles import naive_selective_scan
 from tests.kernels.test_selective_scan import cuda_device, outputs, scan_inputs
 
 ALONG = ("x", "dt", "B", "C", "z")
-WAVE, MANY = cuda.WAVE, cuda.Mapping(8, 1, 4, 16, min_blocks=4)
-TEAM_OF_4, TEAM_OF_2, FEWEST = cuda.TEAM_OF_4, cuda.TEAM_OF_2, cuda.Mapping(4, 1, 4, 32, team=4)
-STATES_64 = cuda.Mapping(8, 2, 4, 8, min_blocks=2)
+WAVE, MANY = fwd.WAVE, fwd.Mapping(8, 1, 4, 16, min_blocks=4)
+TEAM_OF_4, TEAM_OF_2, FEWEST = fwd.TEAM_OF_4, fwd.TEAM_OF_2, fwd.Mapping(4, 1, 4, 32, team=4)
+STATES_64 = fwd.Mapping(8, 2, 4, 8, min_blocks=2)
 # the shapes that are measured (scripts/bench), (b, i, l, n), and such as bound a branch
 CHOICES = {
     (1, 1536, 2048, 16): MANY._replace(n_segments=11),
@@ -68,16 +68,16 @@ CHOICES = {
 def test_mapping_of_a_shape_on_132_multiprocessors(shape, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: sass.HOPPER)
     b, i, l, n = shape
-    assert cuda.choose((b, l, i), n, torch.device("cuda")) == CHOICES[shape]
+    assert fwd.choose((b, l, i), n, torch.device("cuda")) == CHOICES[shape]
 
 
 def test_mappings_fit_the_shared_memory_of_a_small_gpu(monkeypatch):
     small = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=101376)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: small)
     for (b, i, l, n), fastest in CHOICES.items():
-        mapping = cuda.choose((b, l, i), n, torch.device("cuda"))
-        assert cuda._shared_bytes(mapping, n, False) <= 101376
-        assert mapping == fastest or cuda._shared_bytes(fastest, n, False) > 101376
+        mapping = fwd.choose((b, l, i), n, torch.device("cuda"))
+        assert fwd._shared_bytes(mapping, n, False) <= 101376
+        assert mapping == fastest or fwd._shared_bytes(fastest, n, False) > 101376
 
 
 MAPPINGS = [
@@ -114,13 +114,13 @@ def launch(call, mapping, checkpoint_every=0):
     """y, final_state and checkpoints of the CUDA kernel, on the CPU."""
     skip_unless_supported(selective_scan, "cuda", on(cuda_device(), call))
     given = arguments_of(on(cuda_device(), call))
-    return tuple(t.cpu() for t in cuda.launch(given, mapping, checkpoint_every))
+    return tuple(t.cpu() for t in fwd.launch(given, mapping, checkpoint_every))
 
 
 def arguments_of(call):
     given = call.arguments
     limits = given.get("dt_limit", (0.0, inf))
-    return cuda.Arguments(*(given.get(k) for k in cuda.TENSORS), given["dt_softplus"], *limits)
+    return fwd.Arguments(*(given.get(k) for k in fwd.TENSORS), given["dt_softplus"], *limits)
 
 
 def on(device, call):
@@ -241,7 +241,7 @@ def test_a_plan_is_kept_for_what_is_laid_out_alike_and_for_nothing_else(monkeypa
         loaded.append(defines)
         return lambda *args: launched.append(args)
 
-    monkeypatch.setattr(cuda.loader, "load", load)
+    monkeypatch.setattr(fwd.loader, "load", load)
     wide = torch.zeros(2, 48, 72)
     call = scan_inputs((2, 32, 64, 1, 16), torch.float32).having(x=wide[:, :32, :64])
     given = arguments_of(call)
@@ -258,14 +258,14 @@ def test_a_plan_is_kept_for_what_is_laid_out_alike_and_for_nothing_else(monkeypa
         "mapping": ((given, WAVE), {"WARPS": 16, "MIN_BLOCKS": 1}),
         "checkpoints": ((given, MANY, 16), {"CHECKPOINTS": 1}),
     }
-    cuda.launch(given, MANY)
+    fwd.launch(given, MANY)
     usual = loaded[0]
     for name, (other, defines) in others.items():
-        cuda.launch(given, MANY)
+        fwd.launch(given, MANY)
         assert len(loaded) == 1, name
-        cuda.launch(*other)
+        fwd.launch(*other)
         assert loaded.pop() == {**usual, **defines}, name
-        cuda.launch(*other)
+        fwd.launch(*other)
         assert len(loaded) == 1, name
         # grid, threads, bytes; 15 tensors, x first; numbers, the length first
         assert launched[-1][3] is launched[-2][3] is other[0].x

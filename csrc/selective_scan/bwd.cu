@@ -1,0 +1,470 @@
+// The backward of hybridzoo.kernels.selective_scan. With h[t] = a[t] h[t-1] + dt[t] B[t] x[t],
+// where a[t] = exp(dt[t] A), p[t] = C[t] h[t] + D x[t] and y[t] = p[t] silu(z[t]), for each channel
+//
+//     g[t] = dy[t] silu(z[t])         dz[t] = dy[t] p[t] silu'(z[t])
+//     dh[t] = C[t] g[t] + a[t+1] dh[t+1]                  (behind the last token dfinal_state)
+//     w[t] = a[t] dh[t] h[t-1]        u[t] = sum over states of B[t] dh[t]
+//     dx[t] = dt[t] u[t] + D g[t]     ddt[t] = x[t] u[t] + sum over states of A w[t]
+//     dB[t] = sum over channels of dt[t] x[t] dh[t]       dC[t] = sum over channels of g[t] h[t]
+//     dA = sum over time of dt[t] w[t]       dD = sum of g[t] x[t]       d(initial_state) = a[0]
+//     dh[0]
+//
+// and ddt reaches dt and dt_bias through the limits and softplus. Time runs backwards, a tile of T
+// tokens at a time. A thread has CPT channels and SPT states of each; LANES lanes share a channel.
+// A tile's states are walked from the forward's checkpoint: once to know the state before each of
+// its SUB tokens, and again SUB tokens at a time, whose states and decays then lie in registers for
+// the walk back over them. Instructions are the limit, and the sums over lanes would be a fifth of
+// them: a lane gives half of what it has to another and gets the other half of that one's, until
+// one is left. So that nothing need be selected, each lane numbers its channels and its states in
+// an order of its own (`Order`), and shared memory has B and C in each of these orders. What is of
+// an element and not of a state is done once: prepare() makes (dt, dt x, g, slope of the step) of
+// it before the walks, and finish() the gradients of x, dt and z behind each SUB tokens.
+//
+// Warps have channels of their own and share B and C. Their parts of dB and dC are added in shared
+// memory in the order of warps, and of blocks by whoever launched; there is no atomic.
+//
+// A long sequence with few channels is cut into segments of whole tiles, which run side by side:
+// selective_scan_carries, compiled with CARRIES = 1, finds the a[t] dh[t] with which each would
+// begin had nothing come from behind it, and its sum of step sizes, of which the decay over it is
+// made.
+//
+//   DTYPE ALIGNED   see io.cuh
+//   SPT CPT LANES   states and channels a thread, lanes a channel; SPT * LANES >= d_state
+//   WARPS           warps a block
+//   TOKENS SUB      tokens a tile, which are the forward's between two checkpoints; tokens a walk
+//   SOFTPLUS LIMITS GATED PACKED    whether dt passes softplus, has limits; there is z; cu_seqlens
+//   CARRIES         1: the kernel that finds what segments hand on
+#include "selective_scan/adjoint.cuh"
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+#if CARRIES
+    selective_scan_carries
+#else
+    selective_scan_bwd
+#endif
+    (const element* __restrict__ x, const element* __restrict__ dt, const float* __restrict__ A,
+     const element* __restrict__ B, const element* __restrict__ C, const float* __restrict__ D,
+     const element* __restrict__ z, const float* __restrict__ dt_bias,
+     const float* __restrict__ initial_state,  // (rows, i, n), a row a sequence
+     const int* __restrict__ cu_seqlens,       // (rows + 1)
+     const element* __restrict__ dy,
+     const float* __restrict__ dfinal_state,  // like initial_state; null where it is zero
+     const float* __restrict__ checkpoints,   // (b, l / TOKENS, i, n), of the forward
+     element* __restrict__ dx, element* __restrict__ ddt, element* __restrict__ dz,  // (b, l, i)
+     float* __restrict__ dB, float* __restrict__ dC,        // (tiles of a group, b, l, g, n)
+     float* __restrict__ dA,                                // (b, segments, i, n)
+     float* __restrict__ dD, float* __restrict__ ddt_bias,  // (b, segments, i)
+     float* __restrict__ dinitial_state,                    // like initial_state
+     float* __restrict__ carries,  // (b, segments - 1, i, n), of selective_scan_carries
+     float* __restrict__ dt_sums,  // (b, segments - 1, i); infinity: a sequence began in it
+     i64 length, i64 n_channels, i64 group_channels, i64 d_state, i64 n_rows, i64 segment_length,
+     i64 n_segments, float dt_min, float dt_max, i64 x_b, i64 x_l, i64 dt_b, i64 dt_l, i64 z_b,
+     i64 z_l, i64 B_b, i64 B_l, i64 B_g, i64 C_b, i64 C_l, i64 C_g, i64 dy_b, i64 dy_l) {
+    extern __shared__ float4 memory[];
+    Shared& shared = *reinterpret_cast<Shared*>(memory);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+
+    // ---- where: a batch row, a group's channels, a segment's tokens
+    const i64 tiles_a_group = (group_channels + BLOCK_CH - 1) / BLOCK_CH;
+    const i64 n_groups = n_channels / group_channels, n_tiles = tiles_a_group * n_groups;
+    const i64 row = blockIdx.x / n_tiles, tile = blockIdx.x % n_tiles;
+    const i64 group = tile / tiles_a_group;
+    const i64 block_channel = group * group_channels + tile % tiles_a_group * BLOCK_CH;
+    const i64 group_end = (group + 1) * group_channels;
+    // the first segment hands nothing on
+    const i64 segment = blockIdx.y + CARRIES, start = segment * segment_length;
+    const int count = int(min(segment_length, length - start));
+
+    // ---- its elements
+    Elementwise elementwise;
+    elementwise.token = lane / ROW_LANES;
+    elementwise.column = lane % ROW_LANES * VEC;
+    elementwise.dt_min = dt_min, elementwise.dt_max = dt_max;
+    const i64 io_channel = block_channel + warp * CH + elementwise.column;
+    const int io_valid = int(max(min(group_end - io_channel, i64(VEC)), i64(0)));
+    for (int k = threadIdx.x; k < BLOCK_CH; k += THREADS) {
+        const bool is_real = block_channel + k < group_end;
+        shared.dt_bias[k] = is_real && dt_bias ? dt_bias[block_channel + k] : 0.0f;
+#if !CARRIES
+        shared.D[k] = is_real && D ? D[block_channel + k] : 0.0f;
+#endif
+    }
+    // of a tensor with these strides, from the last tile on
+    const i64 last_tile = (count - 1) / T * T;
+    auto stream = [&](const element* of, i64 of_b, i64 of_l) {
+        const i64 token = start + last_tile + elementwise.token;
+        return Stream{of + row * of_b + token * of_l + io_channel, SUB * of_l};
+    };
+    elementwise.x = stream(x, x_b, x_l), elementwise.dt = stream(dt, dt_b, dt_l);
+    elementwise.dy = stream(dy, dy_b, dy_l);
+#if GATED
+    elementwise.z = stream(z, z_b, z_l);
+#endif
+    const int map_token = threadIdx.x * MAPS / N_PAD, map_state = threadIdx.x * MAPS % N_PAD;
+    const int map_valid = map_token < T ? int(min(d_state - map_state, i64(MAPS))) : 0;
+    B += row * B_b + (start + map_token) * B_l + group * B_g + map_state;
+    C += row * C_b + (start + map_token) * C_l + group * C_g + map_state;
+
+    // ---- its part of the recurrence
+    const int channel_order = order_of<CPT, 0, STATE_BITS>(lane);
+    const int state_order = order_of<SPT, STATE_BITS, CHANNEL_BITS>(lane);
+    const int column = lane / LANES * CPT, first_state = lane % LANES * SPT;
+    const i64 channel = block_channel + warp * CH + column;
+    const int walked_channels = int(max(min(group_end - channel, i64(CPT)), i64(0)));
+    const int walked_states = int(max(min(d_state - first_state, i64(SPT)), i64(0)));
+    const i64 own = channel * d_state + first_state;  // this thread's first, of a row's states
+    const i64 states = n_channels * d_state;          // of one row
+    auto each = [&](auto visit) {
+#pragma unroll
+        for (int k = 0; k < CPT; ++k)
+#pragma unroll
+            for (int n = 0; n < SPT; ++n) {
+                const int c = k ^ channel_order, s = n ^ state_order;
+                visit(k, n, own + c * d_state + s, c < walked_channels && s < walked_states);
+            }
+    };
+    // from (i, n); zeros for what does not exist, or where `from` is null
+    auto load = [&](float (&to)[CPT][SPT], const float* from) {
+        each([&](int k, int n, i64 at, bool exists) {
+            to[k][n] = from && exists ? from[at] : 0.0f;
+        });
+    };
+    auto save = [&](float* to, const float (&values)[CPT][SPT]) {
+        if (to)
+            each([&](int k, int n, i64 at, bool exists) {
+                if (exists) to[at] = values[k][n];
+            });
+    };
+    auto row_of = [&](auto* of, int sequence) { return of ? of + sequence * states : of; };
+    float log_decay[CPT][SPT];  // for a step of one, of base 2
+    load(log_decay, A);
+    each([&](int k, int n, i64, bool) { log_decay[k][n] *= LOG2E; });
+
+    // ---- the sequence of the token that is walked; the first one begins at 0, the last one ends
+    // at length
+    auto begin_of = [&](int sequence) { return sequence > 0 ? i64(cu_seqlens[sequence]) : i64(0); };
+    [[maybe_unused]] auto sequence_of = [&](i64 token) {
+        int low = 0;
+        for (int high = int(n_rows) - 1; low < high;) {
+            const int middle = (low + high + 1) / 2;
+            if (begin_of(middle) <= token)
+                low = middle;
+            else
+                high = middle - 1;
+        }
+        return low;
+    };
+    const i64 behind = start + count;
+#if PACKED
+    int sequence = sequence_of(behind - 1);
+    const bool is_end = behind == length || sequence_of(behind) != sequence;
+#else
+    const int sequence = int(row);
+    const bool is_end = behind == length;
+#endif
+    [[maybe_unused]] bool has_begun = false;  // a sequence, within this segment
+    float carry[CPT][SPT];                    // a[t + 1] dh[t + 1]
+    load(carry, is_end ? row_of(dfinal_state, sequence) : nullptr);
+    // at a sequence's first token, behind which the carry is its initial state's gradient
+#if PACKED
+    auto leave_sequence = [&] {
+#if !CARRIES
+        save(row_of(dinitial_state, sequence), carry);
+#endif
+        const i64 token = begin_of(sequence);
+        // those that have no tokens are left out
+        while (token > 0 && begin_of(sequence) == token) --sequence;
+        load(carry, token > 0 ? row_of(dfinal_state, sequence) : nullptr);
+        has_begun = true;
+    };
+#endif
+
+#if CARRIES
+    float dt_sum[CPT] = {};
+#else
+    // ---- what the segments behind this one hand on
+    if (!is_end)
+        for (i64 s = n_segments - 1; s > segment; --s) {
+            const i64 at = row * (n_segments - 1) + s - 1;
+            float found[CPT][SPT];
+            load(found, carries + at * states);
+#pragma unroll
+            for (int k = 0; k < CPT; ++k) {
+                const int c = k ^ channel_order;
+                const float sum = c < walked_channels ? dt_sums[at * n_channels + channel + c] : 0;
+#pragma unroll
+                for (int n = 0; n < SPT; ++n)
+                    carry[k][n] = sum == infinity() ? found[k][n]
+                                                    : fmaf(exp2_approx(sum * log_decay[k][n]),
+                                                           carry[k][n], found[k][n]);
+            }
+        }
+    const i64 n_checkpoints = (length + T - 1) / T;
+    checkpoints += (row * n_checkpoints + start / T) * states;
+    const i64 n_batch = gridDim.x / n_tiles;
+    const i64 maps = (tile % tiles_a_group * n_batch + row) * length + start;
+    dB += (maps * n_groups + group) * d_state, dC += (maps * n_groups + group) * d_state;
+    // of this thread's, in dx, ddt and dz; behind the last tile
+    i64 out = (row * length + start + last_tile + T + elementwise.token) * n_channels + io_channel;
+    each([&](int k, int n, i64, bool) {
+        shared.dA[k * SPT + n][threadIdx.x] = shared.dA_lost[k * SPT + n][threadIdx.x] = 0.0f;
+    });
+#pragma unroll
+    for (int k = 0; k < VEC; ++k) {
+        shared.dD[k][threadIdx.x] = shared.dD_lost[k][threadIdx.x] = 0.0f;
+        shared.ddt_bias[k][threadIdx.x] = shared.ddt_bias_lost[k][threadIdx.x] = 0.0f;
+    }
+#endif
+    __syncthreads();
+
+    float4(&rows)[T][CH] = shared.row[warp];
+    for (int at = last_tile; at >= 0; at -= T) {
+        // ---- the tile's elements, B and C
+        float h[CPT][SPT];
+#if !CARRIES
+        load(h, checkpoints + at / T * states);
+#endif
+        {
+            const int valid = at + map_token < count ? map_valid : 0;
+            const Packed<MAPS> given_B = load_packed<MAPS>(B + at * B_l, valid);
+            const Packed<MAPS> given_C = load_packed<MAPS>(C + at * C_l, valid);
+            if (map_token < T)
+#pragma unroll
+                for (int k = 0; k < MAPS; ++k)
+#pragma unroll
+                    for (int order = 0; order < ORDERS; ++order) {
+                        const int place = (map_state + k) ^ (order * KEPT_STATES);
+                        shared.B[map_token][order][place] = unpack(given_B, k);
+                        shared.C[map_token][order][place] = unpack(given_C, k);
+                    }
+        }
+#pragma unroll
+        for (int sub = 0; sub < SUBS; ++sub) {
+            const bool exists = at + sub * SUB + elementwise.token < count;
+            elementwise.load(exists ? io_valid : 0);
+            elementwise.prepare(rows[sub * SUB + elementwise.token], &shared.dt_bias[warp * CH],
+                                exists);
+            elementwise.move(1);
+        }
+        if (at > 0) elementwise.prefetch_tile_before(lane, group_end - block_channel - warp * CH);
+#if PACKED
+        unsigned starts = 0;  // bits of the tokens at which a sequence begins
+        for (int k = sequence; k >= 0 && begin_of(k) >= start + at; --k)
+            starts |= 1u << (begin_of(k) - start - at);
+#endif
+        __syncthreads();
+
+        auto read_map = [&](float (&to)[SPT], const float (&map)[T][ORDERS][N_PAD], int t) {
+            read_fours(to, &map[t][state_order / KEPT_STATES][first_state]);
+        };
+#if CARRIES
+#pragma unroll 1
+        for (int sub = SUBS - 1; sub >= 0; --sub)
+#pragma unroll
+            for (int t = (sub + 1) * SUB - 1, j = 0; j < SUB; --t, ++j) {
+                float to_y[SPT];
+                read_map(to_y, shared.C, t);
+#pragma unroll
+                for (int k = 0; k < CPT; ++k) {
+                    const float4 element = rows[t][column + (k ^ channel_order)];
+                    dt_sum[k] += element.x;
+#pragma unroll
+                    for (int n = 0; n < SPT; ++n)
+                        carry[k][n] = exp2_factor(element.x, log_decay[k][n]) *
+                                      fmaf(to_y[n], element.z, carry[k][n]);
+                }
+#if PACKED
+                if (__builtin_expect(starts >> t & 1, 0)) leave_sequence();
+#endif
+            }
+#else
+        // ---- the states: token t from the one before it
+        float decay[SUB][CPT][SPT], after[SUB + 1][CPT][SPT];
+        auto walk = [&](int t, float (&decay)[CPT][SPT], const float (&from)[CPT][SPT],
+                        float (&to)[CPT][SPT]) {
+            float to_h[SPT];
+            read_map(to_h, shared.B, t);
+#pragma unroll
+            for (int k = 0; k < CPT; ++k) {
+                const float4 element = rows[t][column + (k ^ channel_order)];
+#pragma unroll
+                for (int n = 0; n < SPT; ++n) {
+                    decay[k][n] = exp2_factor(element.x, log_decay[k][n]);
+                    to[k][n] = fmaf(decay[k][n], from[k][n], element.y * to_h[n]);
+                }
+            }
+        };
+        auto start_of = [&](int t, float (&from)[CPT][SPT]) {
+#if PACKED
+            if (__builtin_expect(starts >> t & 1, 0))
+                load(from, row_of(initial_state, sequence_of(start + at + t)));
+#endif
+        };
+#pragma unroll 1
+        for (int sub = 0;; ++sub) {
+#pragma unroll
+            for (int k = 0; k < CPT; ++k)
+#pragma unroll
+                for (int n = 0; n < SPT; n += 4)
+                    shared.before[sub][(k * SPT + n) / 4][threadIdx.x] =
+                        make_float4(h[k][n], h[k][n + 1], h[k][n + 2], h[k][n + 3]);
+            if (sub == SUBS - 1) break;
+#pragma unroll
+            for (int t = 0; t < SUB; ++t) {
+                start_of(sub * SUB + t, h);
+                walk(sub * SUB + t, decay[0], h, h);
+            }
+        }
+
+        float dA_tile[CPT][SPT] = {};
+#pragma unroll
+        for (int k = 0; k < VEC; ++k) elementwise.dD[k] = elementwise.ddt_bias[k] = 0.0f;
+#pragma unroll 1
+        for (int sub = SUBS - 1; sub >= 0; --sub) {
+            const int valid = at + sub * SUB + elementwise.token < count ? io_valid : 0;
+            elementwise.move(-1);
+            elementwise.load_again(valid);
+#pragma unroll
+            for (int k = 0; k < CPT; ++k)
+#pragma unroll
+                for (int n = 0; n < SPT; n += 4) {
+                    const float4 v = shared.before[sub][(k * SPT + n) / 4][threadIdx.x];
+                    after[0][k][n] = v.x, after[0][k][n + 1] = v.y;
+                    after[0][k][n + 2] = v.z, after[0][k][n + 3] = v.w;
+                }
+#pragma unroll
+            for (int t = 0; t < SUB; ++t) {
+                float from[CPT][SPT];
+                each([&](int k, int n, i64, bool) { from[k][n] = after[t][k][n]; });
+                start_of(sub * SUB + t, from);
+                walk(sub * SUB + t, decay[t], from, after[t + 1]);
+            }
+
+            // ---- and back
+#pragma unroll
+            for (int t = SUB - 1; t >= 0; --t) {
+                const int token = sub * SUB + t;
+                float to_h[SPT], to_y[SPT], from[CPT][SPT];
+                read_map(to_h, shared.B, token);
+                read_map(to_y, shared.C, token);
+                each([&](int k, int n, i64, bool) { from[k][n] = after[t][k][n]; });
+                start_of(token, from);
+                float dmap_h[SPT], dmap_y[SPT], sum_y[CPT], sum_h[CPT], sum_A[CPT];
+#pragma unroll
+                for (int k = 0; k < CPT; ++k) {
+                    const float4 element = rows[token][column + (k ^ channel_order)];
+                    float y = 0.0f, u = 0.0f, decays = 0.0f;
+#pragma unroll
+                    for (int n = 0; n < SPT; ++n) {
+                        const float state = after[t + 1][k][n];
+                        const float dh = fmaf(to_y[n], element.z, carry[k][n]);
+                        dmap_y[n] = k ? fmaf(element.z, state, dmap_y[n]) : element.z * state;
+                        dmap_h[n] = k ? fmaf(element.y, dh, dmap_h[n]) : element.y * dh;
+                        y = n ? fmaf(to_y[n], state, y) : to_y[n] * state;
+                        u = n ? fmaf(to_h[n], dh, u) : to_h[n] * dh;
+                        carry[k][n] = decay[t][k][n] * dh;
+                        const float w = carry[k][n] * from[k][n];
+                        decays = n ? fmaf(log_decay[k][n], w, decays) : log_decay[k][n] * w;
+                        dA_tile[k][n] = fmaf(element.x, w, dA_tile[k][n]);
+                    }
+                    sum_y[k] = y, sum_h[k] = u, sum_A[k] = decays;
+                }
+#if PACKED
+                if (__builtin_expect(starts >> token & 1, 0)) leave_sequence();
+#endif
+                sum_over_lanes<STATE_BITS, CHANNEL_BITS>(dmap_h);
+                sum_over_lanes<STATE_BITS, CHANNEL_BITS>(dmap_y);
+                sum_over_lanes<0, STATE_BITS>(sum_y);
+                sum_over_lanes<0, STATE_BITS>(sum_h);
+                sum_over_lanes<0, STATE_BITS>(sum_A);
+                if (lane >> (STATE_BITS + ORDER_BITS) == 0)
+#pragma unroll
+                    for (int n = 0; n < KEPT_STATES; ++n) {
+                        const int place = first_state + (n ^ state_order);
+                        shared.dB[warp][token][place] = dmap_h[n];
+                        shared.dC[warp][token][place] = dmap_y[n];
+                    }
+                if (lane % LANES * KEPT_CHANNELS < CPT)
+#pragma unroll
+                    for (int k = 0; k < KEPT_CHANNELS; ++k)
+                        shared.sum[warp][t][column + (k ^ channel_order)] =
+                            make_float4(sum_y[k], sum_h[k], sum_A[k], 0.0f);
+            }
+            __syncwarp();
+            out -= SUB * n_channels;
+            float into_x[VEC], into_dt[VEC], into_z[VEC];
+            elementwise.finish(rows[sub * SUB + elementwise.token],
+                               shared.sum[warp][elementwise.token], &shared.D[warp * CH], into_x,
+                               into_dt, into_z);
+            store_packed<VEC>(dx + out, pack<VEC>(into_x), valid);
+            store_packed<VEC>(ddt + out, pack<VEC>(into_dt), valid);
+#if GATED
+            store_packed<VEC>(dz + out, pack<VEC>(into_z), valid);
+#endif
+            __syncwarp();
+        }
+        each([&](int k, int n, i64, bool) {
+            add_to(shared.dA[k * SPT + n][threadIdx.x], shared.dA_lost[k * SPT + n][threadIdx.x],
+                   dA_tile[k][n]);
+        });
+        elementwise.keep(shared);
+#endif
+        elementwise.move(CARRIES ? -2 * SUBS : -SUBS);
+        __syncthreads();
+#if !CARRIES
+        // ---- dB and dC of the block's channels
+        for (int k = threadIdx.x; k < T * N_PAD / 2; k += THREADS) {
+            const bool is_B = k < T * N_PAD / 4;
+            const int t = 4 * k / N_PAD % T, n = 4 * k % N_PAD;
+            const float (&parts)[WARPS][T][N_PAD] = is_B ? shared.dB : shared.dC;
+            float sum[4] = {};
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w) {
+                float part[4];
+                read_fours(part, &parts[w][t][n]);
+#pragma unroll
+                for (int j = 0; j < 4; ++j) sum[j] += part[j];
+            }
+            float* to = (is_B ? dB : dC) + (at + t) * n_groups * d_state + n;
+            if (at + t < count && d_state % 4 == 0 && n < d_state)
+                *reinterpret_cast<float4*>(to) = make_float4(sum[0], sum[1], sum[2], sum[3]);
+            else if (at + t < count)
+#pragma unroll
+                for (int j = 0; j < 4; ++j)
+                    if (n + j < d_state) to[j] = sum[j];
+        }
+#endif
+    }
+
+    const i64 part = row * n_segments + segment;
+#if CARRIES
+    const i64 at = row * (n_segments - 1) + segment - 1;
+    save(carries + at * states, carry);
+#pragma unroll
+    for (int k = 0; k < CPT; ++k) {
+        const int c = k ^ channel_order;
+        if (lane % LANES == 0 && c < walked_channels)
+            dt_sums[at * n_channels + channel + c] = has_begun ? infinity() : dt_sum[k];
+    }
+#else
+#if !PACKED
+    if (segment == 0) save(row_of(dinitial_state, sequence), carry);
+#endif
+    each([&](int k, int n, i64 place, bool exists) {
+        if (exists) dA[part * states + place] = shared.dA[k * SPT + n][threadIdx.x];
+    });
+#pragma unroll
+    for (int k = 0; k < VEC; ++k) {
+        float sums[2] = {shared.dD[k][threadIdx.x], shared.ddt_bias[k][threadIdx.x]};
+        // lanes of the same channels have other tokens
+        for (int bit = ROW_LANES; bit < 32; bit *= 2) {
+            sums[0] += __shfl_xor_sync(~0u, sums[0], bit);
+            sums[1] += __shfl_xor_sync(~0u, sums[1], bit);
+        }
+        if (lane < ROW_LANES && k < io_valid) {
+            dD[part * n_channels + io_channel + k] = sums[0];
+            ddt_bias[part * n_channels + io_channel + k] = sums[1];
+        }
+    }
+#endif
+}

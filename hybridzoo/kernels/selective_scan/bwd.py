@@ -1,0 +1,237 @@
+"""The launch of csrc/selective_scan/bwd.cu."""
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hybridzoo.kernels import loader
+from hybridzoo.kernels.selective_scan.fwd import (
+    LANES,
+    MAX_SEGMENTS,
+    TENSORS,
+    Arguments,
+    Layout,
+    check_shapes,
+    defines,
+    laid_out,
+    layout_of,
+    strides,
+)
+
+SOURCE = "selective_scan/bwd.cu"
+# states and channels that a thread walks
+STATES, CHANNELS = 4, 2
+# of the time that a segment takes: what finding its carry costs besides
+CARRIES_COST = 0.25
+
+
+class Mapping(NamedTuple):
+    """How the work is spread; see bwd.cu. Changes speed and rounding, not the function.
+
+    Attributes:
+        warps: of a block.
+        tokens: of a tile, and between two checkpoints of the forward: 32 at most.
+        sub: tokens whose states a thread holds at once; divides `tokens`.
+        n_segments: of a row, side by side; fewer where it is short.
+    """
+
+    warps: int
+    tokens: int
+    sub: int
+    n_segments: int = 1
+
+    def vector(self, n: int) -> int:
+        """Neighbouring channels that a thread reads at once."""
+        return _width(n) * self.sub // LANES
+
+    def maps(self, n: int) -> int:
+        """Neighbouring states of B and of C that a thread reads at once."""
+        return max(1, self.tokens * _lanes(n) * STATES // (LANES * self.warps))
+
+
+def _lanes(n: int) -> int:
+    """Threads that share a channel of n states: a power of two.
+
+    Two at least, or a warp would have more channels than a thread has room for what it reads.
+    """
+    return 1 << max(1, (-(-n // STATES) - 1).bit_length())
+
+
+def _width(n: int) -> int:
+    """Channels of a warp."""
+    return LANES // _lanes(n) * CHANNELS
+
+
+def distance(n: int) -> int:
+    """Tokens between two checkpoints of the forward, n states a channel: a tile here."""
+    return 32 if n <= 32 else 16
+
+
+def choose(shape: tuple[int, ...], n: int, device: torch.device, groups: int = 1) -> Mapping:
+    """The mapping for x of this shape, n states and groups of B."""
+    gpu = torch.cuda.get_device_properties(device)
+    n_sms, room = gpu.multi_processor_count, gpu.shared_memory_per_block_optin
+    return _choose(*shape, n, groups, n_sms, room)
+
+
+@functools.lru_cache(1024)
+def _choose(b: int, l: int, i: int, n: int, groups: int, n_sms: int, room: int) -> Mapping:
+    # a lane reads four channels at most, of one token
+    sizes = [Mapping(warps, distance(n), min(8, 2 * _lanes(n))) for warps in (8, 4, 2, 1)]
+    mapping = next(m for m in sizes if _shared_bytes(m, n) <= room)
+    blocks = _n_blocks(mapping, b, i, n, groups)
+
+    def cost(n_segments: int) -> float:
+        waves = -(-blocks * n_segments // n_sms)
+        return waves / n_segments * (1 + CARRIES_COST * (n_segments > 1))
+
+    # of those within a fiftieth of the best, the fewest
+    counts = range(1, max(1, min(l // (4 * mapping.tokens), MAX_SEGMENTS, 4 * n_sms)) + 1)
+    least = min(map(cost, counts))
+    return mapping._replace(n_segments=next(s for s in counts if cost(s) <= 1.02 * least))
+
+
+def _n_blocks(mapping: Mapping, b: int, i: int, n: int, groups: int) -> int:
+    """Of a segment; none has channels of two groups."""
+    return b * groups * _blocks_of_group(mapping, i // max(groups, 1), n)
+
+
+def _blocks_of_group(mapping: Mapping, channels: int, n: int) -> int:
+    return -(-channels // (_width(n) * mapping.warps))
+
+
+class Plan(NamedTuple):
+    """A launch but for its tensors; kept, as it takes the host long, for others laid out alike.
+
+    Attributes:
+        n_segments: of a row of the batch.
+        n_parts: blocks that share a group, each with its part of dB and dC.
+        numbers: the kernels' arguments behind the tensors.
+        kernels: each with its grid and its bytes of shared memory, in order.
+    """
+
+    n_segments: int
+    n_parts: int
+    numbers: tuple[int | float, ...]
+    kernels: tuple[tuple[loader.Kernel, tuple[int, int, int], int], ...]
+
+
+def launch(
+    given: Arguments[Tensor],
+    dy: Tensor,
+    dfinal_state: Tensor,
+    checkpoints: Tensor,
+    mapping: Mapping,
+) -> list[Tensor]:
+    """Run the kernel with a mapping.
+
+    Args:
+        given: the op's arguments.
+        dy: gradient of y, (b, l, i), y.dtype.
+        dfinal_state: gradient of final_state, like it, fp32.
+        checkpoints: of the forward, a state before every `mapping.tokens`.
+        mapping: how the work is spread.
+
+    Returns:
+        Gradients of the first nine arguments, each like it; an absent one's is empty.
+
+    Raises:
+        BackendError: a tensor has not the contract's shape.
+    """
+    dtypes = [None if t is None else t.dtype for t in given[:9]]
+    given = laid_out(given)
+    dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+    dfinal_state = dfinal_state.contiguous()
+    tensors, options = given[: len(TENSORS)], given[len(TENSORS) :]
+    x, A, B = given.x, given.A, given.B
+    plan = _plan(x.device, mapping, options, layout_of(dy), *map(layout_of, tensors))
+    (b, l, i), (_, n), s = x.shape, A.shape, plan.n_segments
+    if l == 0:
+        return _without_tokens(given, dfinal_state, dtypes)
+    dx, ddt = x.new_empty(x.shape), x.new_empty(x.shape)
+    dz = x.new_empty(0 if given.z is None else x.shape)
+    dB, dC = A.new_empty(2, plan.n_parts, *B.shape)
+    dA = A.new_empty(b * s, i, n)
+    dD, ddt_bias = A.new_empty(2, b * s, i)
+    # what of a pack has no tokens hands on what it is given
+    dinitial = dfinal_state.clone() if given.cu_seqlens is not None else A.new_empty(b, i, n)
+    carries = dt_sums = None
+    if s > 1:
+        carries, dt_sums = A.new_empty(b, s - 1, i, n), A.new_empty(b, s - 1, i)
+    arguments = (
+        *tensors, dy, dfinal_state, checkpoints, dx, ddt, dz, dB, dC, dA, dD, ddt_bias, dinitial,
+        carries, dt_sums, *plan.numbers,
+    )  # fmt: skip
+    for kernel, grid, shared in plan.kernels:
+        kernel(grid, LANES * mapping.warps, shared, *arguments)
+    found = (
+        dx, ddt, dA.sum(0), dB.sum(0), dC.sum(0), dD.sum(0), dz, ddt_bias.sum(0), dinitial,
+    )  # fmt: skip
+    return [x.new_empty(0) if d is None else t.to(d) for t, d in zip(found, dtypes, strict=True)]
+
+
+def _without_tokens(
+    given: Arguments[Tensor], dfinal_state: Tensor, dtypes: list[torch.dtype | None]
+) -> list[Tensor]:
+    """All zeros but the initial state's, which is handed through."""
+    found = [
+        dfinal_state.new_empty(0) if t is None else torch.zeros_like(t, dtype=d)
+        for t, d in zip(given[:9], dtypes, strict=True)
+    ]
+    if given.initial_state is not None:
+        found[8].copy_(dfinal_state)
+    return found
+
+
+@functools.lru_cache(1024)
+def _plan(
+    device: torch.device,
+    mapping: Mapping,
+    options: tuple[bool, float, float],
+    dy: Layout,
+    *layouts: Layout | None,
+) -> Plan:
+    """How to launch on tensors of these layouts."""
+    given: Arguments[Layout] = Arguments(*layouts, *options)
+    check_shapes(given)
+    (b, l, i), n, groups = given.x.shape, given.A.shape[1], given.B.shape[2]
+    rows = b if given.cu_seqlens is None else given.cu_seqlens.shape[0] - 1
+    segment = -(-max(l, 1) // (mapping.n_segments * mapping.tokens)) * mapping.tokens
+    n_segments = -(-max(l, 1) // segment)
+    numbers = (
+        l, i, i // groups, n, rows, segment, n_segments, float(given.dt_min), float(given.dt_max),
+        *strides(given), *dy.stride[:2],
+    )  # fmt: skip
+    macros = {
+        **defines(given, mapping.vector(n), mapping.maps(n), dy),
+        "SPT": STATES,
+        "CPT": CHANNELS,
+        "LANES": _lanes(n),
+        "WARPS": mapping.warps,
+        "TOKENS": mapping.tokens,
+        "SUB": mapping.sub,
+    }
+    blocks, shared = _n_blocks(mapping, b, i, n, groups), _shared_bytes(mapping, n)
+    kernels = []
+    for name, is_carries, grid_y in (("carries", 1, n_segments - 1), ("bwd", 0, n_segments)):
+        if grid_y:
+            kernel = loader.load(
+                SOURCE, f"selective_scan_{name}", {**macros, "CARRIES": is_carries}, device
+            )
+            kernels.append((kernel, (blocks, grid_y, 1), shared))
+    n_parts = _blocks_of_group(mapping, i // groups, n)
+    return Plan(n_segments, n_parts, numbers, tuple(kernels))
+
+
+def _shared_bytes(mapping: Mapping, n: int) -> int:
+    """Size of `Shared` in adjoint.cuh, or somewhat more; selective_scan_carries needs less."""
+    padded, width = _lanes(n) * STATES, _width(n)
+    orders = min(STATES, LANES // _lanes(n))
+    tile, own = mapping.warps * mapping.tokens, LANES * mapping.warps * STATES * CHANNELS
+    rows, maps = 4 * tile * width, 2 * mapping.tokens * orders * padded
+    before, sums = mapping.tokens // mapping.sub * own, 4 * mapping.warps * mapping.sub * width
+    over_time = 2 * own + 4 * mapping.vector(n) * LANES * mapping.warps
+    channels = 2 * mapping.warps * width
+    return 4 * (rows + maps + before + sums + 2 * tile * padded + over_time + channels)

@@ -1,0 +1,248 @@
+"""The CUDA scan's backward on the CPU: right, without races, and inside its tensors."""
+
+import itertools
+import sys
+from math import inf, nan
+from pathlib import Path
+
+import pytest
+import torch
+
+from hybridzoo.kernels.selective_scan import bwd, cuda, fwd, reference
+from hybridzoo.kernels.selective_scan.bwd import Mapping
+from tests.kernels import on_cpu, sass
+from tests.kernels.compare import pack, randn
+from tests.kernels.test_on_cpu import LENGTHS, check_sanitizer, folder, made
+
+__all__ = ["folder"]
+
+# of n states: those of choose(), but for their warps, with segments and without
+MAPPINGS = {
+    5: [Mapping(2, 32, 4), Mapping(1, 32, 2, 2)],
+    16: [Mapping(2, 32, 8), Mapping(1, 32, 4, 2)],
+    32: [Mapping(2, 32, 8), Mapping(1, 32, 4, 3)],
+    64: [Mapping(2, 16, 8), Mapping(1, 16, 8, 3)],
+}
+CASES = [(n, mapping) for n, mappings in MAPPINGS.items() for mapping in mappings]
+FWD = fwd.Mapping(8, 1, 4, 16)
+
+
+@pytest.fixture
+def kernels(monkeypatch, folder):
+    """Launches take CPU tensors."""
+    monkeypatch.setattr(fwd.loader, "load", on_cpu.loader(folder))
+
+
+def cotangents(given):
+    rows = given.x.shape[0] if given.cu_seqlens is None else given.cu_seqlens.shape[0] - 1
+    return randn(*given.x.shape, seed=9, dtype=given.x.dtype), randn(rows, *given.A.shape, seed=10)
+
+
+def gradients(given, mapping):
+    """By the kernels, by name."""
+    given_fwd = FWD if given.A.shape[1] <= 32 else fwd.Mapping(8, 2, 4, 8)
+    _, _, checkpoints = fwd.launch(given, given_fwd, mapping.tokens)
+    found = bwd.launch(given, *cotangents(given), checkpoints, mapping)
+    return dict(zip(fwd.TENSORS, found, strict=False))
+
+
+def truth(given, dtype=torch.float64):
+    leaves = [None if t is None else t.detach().to(dtype).requires_grad_() for t in given[:9]]
+    x, dt, A, B, C, D, z, dt_bias, initial_state = leaves
+    outputs = reference.run(
+        x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state,
+        cu_seqlens=given.cu_seqlens, dt_softplus=given.dt_softplus,
+        dt_limit=(given.dt_min, given.dt_max),
+    )  # fmt: skip
+    named = {k: t for k, t in zip(fwd.TENSORS, leaves, strict=False) if t is not None}
+    grads = torch.autograd.grad(
+        outputs, list(named.values()), [t.to(dtype) for t in cotangents(given)]
+    )
+    return dict(zip(named, grads, strict=True))
+
+
+def assert_near(got, want, limit=6e-7):
+    """Of fp32's sums of n terms and of tokens, and of exponentials off by 2**-22."""
+    assert {name for name, t in got.items() if t.numel()} == {n for n in want if want[n].numel()}
+    for name, grad in want.items():
+        # a half rounds its own gradient once
+        allowed = limit if got[name].dtype == torch.float32 else 2.5e-3
+        assert got[name].shape == grad.shape, name
+        assert (got[name].double() - grad).norm() <= allowed * grad.norm(), name
+
+
+@pytest.mark.parametrize(
+    ("n", "mapping"),
+    [pytest.param(*c, marks=() if c[0] == 16 else pytest.mark.slow) for c in CASES],
+    ids=str,
+)
+def test_walk_back_is_the_adjoint(kernels, n, mapping):
+    # 40 and 75: tails of blocks and of tiles
+    given = made(1, 75, 40, n)
+    assert_near(gradients(given, mapping), truth(given))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        made(2, 33, 24, 16, g=3),
+        made(2, 33, 24, 16, g=3, dtype=torch.bfloat16),
+        made(1, 40, 8, 16, D=None, z=None, dt_bias=None, initial_state=None),
+        made(1, 40, 8, 16, dt_min=0.3, dt_max=1.1),
+        # without softplus, and with the widest limits, a step may be negative
+        made(
+            1, 40, 8, 16, dt_softplus=False, dt_bias=None, dt=-0.01 * randn(1, 40, 8, seed=1).abs()
+        ),
+        made(1, 0, 8, 16),
+        made(1, 1, 8, 16),
+    ],
+    ids=["groups", "bf16", "bare", "limits", "negative", "empty", "one"],
+)
+@pytest.mark.parametrize("n_segments", [1, 2])
+def test_options_are_those_of_the_reference(kernels, given, n_segments):
+    assert_near(gradients(given, Mapping(1, 32, 8, n_segments)), truth(given))
+
+
+@pytest.mark.parametrize("has_state", [False, True], ids=["cold", "warm"])
+@pytest.mark.parametrize("n_segments", [1, 3])
+def test_packed_is_separate(kernels, n_segments, has_state):
+    given = made(1, sum(LENGTHS), 8, 16, rows=len(LENGTHS), cu_seqlens=pack(LENGTHS))
+    given = given if has_state else given._replace(initial_state=None)
+    assert_near(gradients(given, Mapping(1, 32, 4, n_segments)), truth(given))
+
+
+def test_pack_of_nothing(kernels):
+    given = made(1, 0, 8, 16, initial_state=None, cu_seqlens=torch.zeros(1, dtype=torch.int32))
+    assert_near(gradients(given, Mapping(1, 32, 4)), truth(given))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dt", "limits"),
+    [
+        *itertools.product(
+            [torch.finfo(torch.float32).min, -inf, -30.0, 30.0], [(0.0, inf), (0.001, 0.1)]
+        ),
+        # torch's clamp has a gradient of zero for what is not a number; here it is none either
+        (nan, (0.0, inf)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("n_segments", [1, 2])
+def test_extreme_steps_are_those_of_the_reference(kernels, dt, limits, n_segments):
+    given = made(1, 48, 8, 16, dt_min=limits[0], dt_max=limits[1])
+    given.dt[:, 20] = dt
+    got, want = gradients(given, Mapping(1, 32, 8, n_segments)), truth(given, torch.float32)
+    for name, grad in want.items():
+        torch.testing.assert_close(got[name], grad, rtol=1e-4, atol=2e-4, equal_nan=True, msg=name)
+
+
+def test_what_is_not_a_number_stays_in_its_sequence(kernels):
+    given = made(1, 96, 8, 16, rows=2, cu_seqlens=pack([70, 26]))
+    given.x[:, 48] = nan
+    got = gradients(given, Mapping(1, 32, 4, 3))
+    assert got["dt"][:, 48].isnan().all() and not got["dt"][:, 70:].isnan().any()
+    assert not got["initial_state"][1].isnan().any()
+
+
+@pytest.fixture
+def hopper(monkeypatch, kernels):
+    """The backend as on an H200."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: sass.HOPPER)
+
+
+def options_of(given):
+    names = ("D", "z", "dt_bias", "initial_state", "cu_seqlens", "dt_softplus")
+    return {name: getattr(given, name) for name in names}
+
+
+def scan(given, leaves):
+    x, dt, A, B, C, *_ = leaves
+    return cuda.run(x, dt, A, B, C, **options_of(given))
+
+
+def test_gradients_flow_through_the_backend(hopper):
+    given = made(1, 75, 8, 16)
+    leaves = [t.clone().requires_grad_() for t in given[:9]]
+    options = options_of(given) | dict(zip(fwd.TENSORS[5:9], leaves[5:], strict=True))
+    outputs = cuda.run(*leaves[:5], **options)
+    found = torch.autograd.grad(outputs, leaves, cotangents(given))
+    assert_near(dict(zip(fwd.TENSORS, found, strict=False)), truth(given))
+
+
+def test_no_gradient_needs_no_checkpoints(hopper, monkeypatch):
+    distances = []
+    known = fwd.launch
+
+    def launch(given, mapping, checkpoint_every=0):
+        distances.append(checkpoint_every)
+        return known(given, mapping, checkpoint_every)
+
+    monkeypatch.setattr(fwd, "launch", launch)
+    given = made(1, 5, 8, 16)
+    scan(given, given)
+    leaves = [t.clone().requires_grad_() for t in given[:5]]
+    with torch.no_grad():
+        scan(given, leaves)
+    scan(given, leaves)
+    assert distances == [0, 0, 32]
+
+
+def test_second_derivatives_are_refused(hopper):
+    given = made(1, 5, 8, 16)
+    leaves = [t.clone().requires_grad_() for t in given[:5]]
+    y, _ = scan(given, leaves)
+    (dx,) = torch.autograd.grad(y.sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        dx.sum().backward()
+
+
+@pytest.mark.slow
+def test_compiled_graphs_hold_the_scan_whole(monkeypatch, folder):
+    given = made(2, 20, 8, 16)
+    leaves = [t.clone().requires_grad_() for t in given[:5]]
+    # torch cannot trace the functions that fill what torch.empty returns
+    monkeypatch.undo()
+    monkeypatch.setattr(fwd.loader, "load", on_cpu.loader(folder))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: sass.HOPPER)
+
+    def doubled(x, *rest):
+        y, final_state = scan(given, (2 * x, *rest))
+        return y + 1, final_state
+
+    compiled = torch.compile(doubled, fullgraph=True, dynamic=True, backend="aot_eager")
+    want, got = (
+        torch.autograd.grad(f(*leaves), leaves, cotangents(given)) for f in (doubled, compiled)
+    )
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w)
+
+
+@pytest.mark.parametrize("changed", [{}, {"D": None, "z": None, "initial_state": None}], ids=str)
+def test_ops_are_proper(hopper, changed):
+    given = made(2, 9, 8, 16, **changed)
+    checked = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(cuda.selective_scan_cuda_checkpointed, given, test_utils=checked)
+    _, _, checkpoints = cuda.selective_scan_cuda_checkpointed(*given)
+    inputs = (*cotangents(given), *given[:10], checkpoints, *given[10:])
+    torch.library.opcheck(cuda.selective_scan_cuda_backward, inputs, test_utils=checked)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["thread", "address"])
+def test_sanitizers_find_nothing(folder, kind):
+    """Races between lanes, and accesses outside the tensors."""
+    check_sanitizer("tests.kernels.test_bwd_on_cpu", folder, kind, f"{len(CASES)} mappings")
+
+
+def main(folder, kind):
+    fwd.loader.load = on_cpu.loader(Path(folder), "-O1", "-g", f"-fsanitize={kind}")
+    for n, mapping in CASES:
+        gradients(made(1, 75, 40, n), mapping)
+        given = made(1, sum(LENGTHS), 8, n, rows=len(LENGTHS), cu_seqlens=pack(LENGTHS))
+        gradients(given, mapping)
+    sys.stdout.write(f"{len(CASES)} mappings\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
