@@ -5,7 +5,7 @@
 #include "common/io.cuh"
 #include "common/math.cuh"
 
-constexpr int log2_of(int x) { return x > 1 ? 1 + log2_of(x / 2) : 0; }
+__host__ __device__ constexpr int log2_of(int x) { return x > 1 ? 1 + log2_of(x / 2) : 0; }
 
 constexpr int T = TOKENS, SUBS = TOKENS / SUB;
 constexpr int CH = 32 / LANES * CPT;  // channels a warp
@@ -63,6 +63,45 @@ __device__ __forceinline__ void sum_over_lanes(float (&values)[COUNT]) {
         for (int v = 0; v < (left ? left : 1); ++v)
             values[v] += __shfl_xor_sync(~0u, values[v + left], 1 << (FIRST + s));
     }
+}
+
+// What a thread has of (i, n): CPT channels and SPT states of each, in orders of its own.
+struct Own {
+    i64 first;
+    int d_state, n_channels, n_states;  // the model's; those that exist of CPT and of SPT
+    int channel_order, state_order;
+
+    // visit(k, n, where, whether it exists)
+    template <class Visit>
+    __device__ __forceinline__ void each(Visit visit) const {
+#pragma unroll
+        for (int k = 0; k < CPT; ++k)
+#pragma unroll
+            for (int n = 0; n < SPT; ++n) {
+                const int c = k ^ channel_order, s = n ^ state_order;
+                visit(k, n, first + c * d_state + s, c < n_channels && s < n_states);
+            }
+    }
+
+    // zeros for what does not exist, or where `from` is null
+    __device__ __forceinline__ void load(float (&to)[CPT][SPT], const float* from) const {
+        each([&](int k, int n, i64 at, bool exists) {
+            to[k][n] = from && exists ? from[at] : 0.0f;
+        });
+    }
+
+    __device__ __forceinline__ void save(float* to, const float (&values)[CPT][SPT]) const {
+        if (to)
+            each([&](int k, int n, i64 at, bool exists) {
+                if (exists) to[at] = values[k][n];
+            });
+    }
+};
+
+// where it begins, or null where there is none
+template <class Number>
+__device__ __forceinline__ Number* row_of(Number* rows, i64 at) {
+    return rows ? rows + at : rows;
 }
 
 // Adds to a sum of many what rounding lost of it before (Kahan, CACM 8, 1965).

@@ -106,39 +106,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     C += row * C_b + (start + map_token) * C_l + group * C_g + map_state;
 
     // ---- its part of the recurrence
-    const int channel_order = order_of<CPT, 0, STATE_BITS>(lane);
-    const int state_order = order_of<SPT, STATE_BITS, CHANNEL_BITS>(lane);
     const int column = lane / LANES * CPT, first_state = lane % LANES * SPT;
     const i64 channel = block_channel + warp * CH + column;
-    const int walked_channels = int(max(min(group_end - channel, i64(CPT)), i64(0)));
-    const int walked_states = int(max(min(d_state - first_state, i64(SPT)), i64(0)));
-    const i64 own = channel * d_state + first_state;  // this thread's first, of a row's states
-    const i64 states = n_channels * d_state;          // of one row
-    auto each = [&](auto visit) {
-#pragma unroll
-        for (int k = 0; k < CPT; ++k)
-#pragma unroll
-            for (int n = 0; n < SPT; ++n) {
-                const int c = k ^ channel_order, s = n ^ state_order;
-                visit(k, n, own + c * d_state + s, c < walked_channels && s < walked_states);
-            }
-    };
-    // from (i, n); zeros for what does not exist, or where `from` is null
-    auto load = [&](float (&to)[CPT][SPT], const float* from) {
-        each([&](int k, int n, i64 at, bool exists) {
-            to[k][n] = from && exists ? from[at] : 0.0f;
-        });
-    };
-    auto save = [&](float* to, const float (&values)[CPT][SPT]) {
-        if (to)
-            each([&](int k, int n, i64 at, bool exists) {
-                if (exists) to[at] = values[k][n];
-            });
-    };
-    auto row_of = [&](auto* of, int sequence) { return of ? of + sequence * states : of; };
+    const i64 states = n_channels * d_state;  // of one row
+    Own own;
+    own.channel_order = order_of<CPT, 0, STATE_BITS>(lane);
+    own.state_order = order_of<SPT, STATE_BITS, CHANNEL_BITS>(lane);
+    own.n_channels = int(max(min(group_end - channel, i64(CPT)), i64(0)));
+    own.n_states = int(max(min(d_state - first_state, i64(SPT)), i64(0)));
+    own.first = channel * d_state + first_state, own.d_state = int(d_state);
     float log_decay[CPT][SPT];  // for a step of one, of base 2
-    load(log_decay, A);
-    each([&](int k, int n, i64, bool) { log_decay[k][n] *= LOG2E; });
+    own.load(log_decay, A);
+    own.each([&](int k, int n, i64, bool) { log_decay[k][n] *= LOG2E; });
 
     // ---- the sequence of the token that is walked; the first one begins at 0, the last one ends
     // at length
@@ -164,17 +143,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #endif
     [[maybe_unused]] bool has_begun = false;  // a sequence, within this segment
     float carry[CPT][SPT];                    // a[t + 1] dh[t + 1]
-    load(carry, is_end ? row_of(dfinal_state, sequence) : nullptr);
+    own.load(carry, is_end ? row_of(dfinal_state, sequence * states) : nullptr);
     // at a sequence's first token, behind which the carry is its initial state's gradient
 #if PACKED
     auto leave_sequence = [&] {
 #if !CARRIES
-        save(row_of(dinitial_state, sequence), carry);
+        own.save(row_of(dinitial_state, sequence * states), carry);
 #endif
         const i64 token = begin_of(sequence);
         // those that have no tokens are left out
         while (token > 0 && begin_of(sequence) == token) --sequence;
-        load(carry, token > 0 ? row_of(dfinal_state, sequence) : nullptr);
+        own.load(carry, token > 0 ? row_of(dfinal_state, sequence * states) : nullptr);
         has_begun = true;
     };
 #endif
@@ -187,11 +166,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         for (i64 s = n_segments - 1; s > segment; --s) {
             const i64 at = row * (n_segments - 1) + s - 1;
             float found[CPT][SPT];
-            load(found, carries + at * states);
+            own.load(found, carries + at * states);
 #pragma unroll
             for (int k = 0; k < CPT; ++k) {
-                const int c = k ^ channel_order;
-                const float sum = c < walked_channels ? dt_sums[at * n_channels + channel + c] : 0;
+                const int c = k ^ own.channel_order;
+                const float sum = c < own.n_channels ? dt_sums[at * n_channels + channel + c] : 0;
 #pragma unroll
                 for (int n = 0; n < SPT; ++n)
                     carry[k][n] = sum == infinity() ? found[k][n]
@@ -206,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     dB += (maps * n_groups + group) * d_state, dC += (maps * n_groups + group) * d_state;
     // of this thread's, in dx, ddt and dz; behind the last tile
     i64 out = (row * length + start + last_tile + T + elementwise.token) * n_channels + io_channel;
-    each([&](int k, int n, i64, bool) {
+    own.each([&](int k, int n, i64, bool) {
         shared.dA[k * SPT + n][threadIdx.x] = shared.dA_lost[k * SPT + n][threadIdx.x] = 0.0f;
     });
 #pragma unroll
@@ -222,7 +201,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         // ---- the tile's elements, B and C
         float h[CPT][SPT];
 #if !CARRIES
-        load(h, checkpoints + at / T * states);
+        own.load(h, checkpoints + at / T * states);
 #endif
         {
             const int valid = at + map_token < count ? map_valid : 0;
@@ -255,23 +234,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         __syncthreads();
 
         auto read_map = [&](float (&to)[SPT], const float (&map)[T][ORDERS][N_PAD], int t) {
-            read_fours(to, &map[t][state_order / KEPT_STATES][first_state]);
+            read_fours(to, &map[t][own.state_order / KEPT_STATES][first_state]);
         };
 #if CARRIES
 #pragma unroll 1
         for (int sub = SUBS - 1; sub >= 0; --sub)
 #pragma unroll
             for (int t = (sub + 1) * SUB - 1, j = 0; j < SUB; --t, ++j) {
-                float to_y[SPT];
-                read_map(to_y, shared.C, t);
+                float C_now[SPT];
+                read_map(C_now, shared.C, t);
 #pragma unroll
                 for (int k = 0; k < CPT; ++k) {
-                    const float4 element = rows[t][column + (k ^ channel_order)];
-                    dt_sum[k] += element.x;
+                    const float4 now = rows[t][column + (k ^ own.channel_order)];
+                    dt_sum[k] += now.x;
 #pragma unroll
                     for (int n = 0; n < SPT; ++n)
-                        carry[k][n] = exp2_factor(element.x, log_decay[k][n]) *
-                                      fmaf(to_y[n], element.z, carry[k][n]);
+                        carry[k][n] = exp2_factor(now.x, log_decay[k][n]) *
+                                      fmaf(C_now[n], now.z, carry[k][n]);
                 }
 #if PACKED
                 if (__builtin_expect(starts >> t & 1, 0)) leave_sequence();
@@ -279,25 +258,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             }
 #else
         // ---- the states: token t from the one before it
-        float decay[SUB][CPT][SPT], after[SUB + 1][CPT][SPT];
+        float decay[SUB][CPT][SPT], state[SUB + 1][CPT][SPT];
         auto walk = [&](int t, float (&decay)[CPT][SPT], const float (&from)[CPT][SPT],
                         float (&to)[CPT][SPT]) {
-            float to_h[SPT];
-            read_map(to_h, shared.B, t);
+            float B_now[SPT];
+            read_map(B_now, shared.B, t);
 #pragma unroll
             for (int k = 0; k < CPT; ++k) {
-                const float4 element = rows[t][column + (k ^ channel_order)];
+                const float4 now = rows[t][column + (k ^ own.channel_order)];
 #pragma unroll
                 for (int n = 0; n < SPT; ++n) {
-                    decay[k][n] = exp2_factor(element.x, log_decay[k][n]);
-                    to[k][n] = fmaf(decay[k][n], from[k][n], element.y * to_h[n]);
+                    decay[k][n] = exp2_factor(now.x, log_decay[k][n]);
+                    to[k][n] = fmaf(decay[k][n], from[k][n], now.y * B_now[n]);
                 }
             }
         };
         auto start_of = [&](int t, float (&from)[CPT][SPT]) {
 #if PACKED
             if (__builtin_expect(starts >> t & 1, 0))
-                load(from, row_of(initial_state, sequence_of(start + at + t)));
+                own.load(from, row_of(initial_state, sequence_of(start + at + t) * states));
 #endif
         };
 #pragma unroll 1
@@ -329,65 +308,66 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
                 for (int n = 0; n < SPT; n += 4) {
                     const float4 v = shared.before[sub][(k * SPT + n) / 4][threadIdx.x];
-                    after[0][k][n] = v.x, after[0][k][n + 1] = v.y;
-                    after[0][k][n + 2] = v.z, after[0][k][n + 3] = v.w;
+                    state[0][k][n] = v.x, state[0][k][n + 1] = v.y;
+                    state[0][k][n + 2] = v.z, state[0][k][n + 3] = v.w;
                 }
 #pragma unroll
             for (int t = 0; t < SUB; ++t) {
-                float from[CPT][SPT];
-                each([&](int k, int n, i64, bool) { from[k][n] = after[t][k][n]; });
-                start_of(sub * SUB + t, from);
-                walk(sub * SUB + t, decay[t], from, after[t + 1]);
+                start_of(sub * SUB + t, state[t]);
+                walk(sub * SUB + t, decay[t], state[t], state[t + 1]);
             }
 
             // ---- and back
 #pragma unroll
             for (int t = SUB - 1; t >= 0; --t) {
                 const int token = sub * SUB + t;
-                float to_h[SPT], to_y[SPT], from[CPT][SPT];
-                read_map(to_h, shared.B, token);
-                read_map(to_y, shared.C, token);
-                each([&](int k, int n, i64, bool) { from[k][n] = after[t][k][n]; });
-                start_of(token, from);
-                float dmap_h[SPT], dmap_y[SPT], sum_y[CPT], sum_h[CPT], sum_A[CPT];
+                float B_now[SPT], C_now[SPT];
+                read_map(B_now, shared.B, token);
+                read_map(C_now, shared.C, token);
+                float dB_now[SPT], dC_now[SPT], sum_y[CPT], sum_h[CPT], sum_A[CPT];
 #pragma unroll
                 for (int k = 0; k < CPT; ++k) {
-                    const float4 element = rows[token][column + (k ^ channel_order)];
+                    const float4 now = rows[token][column + (k ^ own.channel_order)];
                     float y = 0.0f, u = 0.0f, decays = 0.0f;
 #pragma unroll
                     for (int n = 0; n < SPT; ++n) {
-                        const float state = after[t + 1][k][n];
-                        const float dh = fmaf(to_y[n], element.z, carry[k][n]);
-                        dmap_y[n] = k ? fmaf(element.z, state, dmap_y[n]) : element.z * state;
-                        dmap_h[n] = k ? fmaf(element.y, dh, dmap_h[n]) : element.y * dh;
-                        y = n ? fmaf(to_y[n], state, y) : to_y[n] * state;
-                        u = n ? fmaf(to_h[n], dh, u) : to_h[n] * dh;
+                        const float h = state[t + 1][k][n];
+                        const float dh = fmaf(C_now[n], now.z, carry[k][n]);
+                        dC_now[n] = k ? fmaf(now.z, h, dC_now[n]) : now.z * h;
+                        dB_now[n] = k ? fmaf(now.y, dh, dB_now[n]) : now.y * dh;
+                        y = n ? fmaf(C_now[n], h, y) : C_now[n] * h;
+                        u = n ? fmaf(B_now[n], dh, u) : B_now[n] * dh;
                         carry[k][n] = decay[t][k][n] * dh;
-                        const float w = carry[k][n] * from[k][n];
+                        const float w = carry[k][n] * state[t][k][n];
                         decays = n ? fmaf(log_decay[k][n], w, decays) : log_decay[k][n] * w;
-                        dA_tile[k][n] = fmaf(element.x, w, dA_tile[k][n]);
+                        dA_tile[k][n] = fmaf(now.x, w, dA_tile[k][n]);
                     }
                     sum_y[k] = y, sum_h[k] = u, sum_A[k] = decays;
                 }
 #if PACKED
-                if (__builtin_expect(starts >> token & 1, 0)) leave_sequence();
+                if (__builtin_expect(starts >> token & 1, 0)) {
+                    leave_sequence();
+                    // the state that the one before it ended with, in whose place stood this one's
+                    // first
+                    if (t > 0) walk(token - 1, decay[t - 1], state[t - 1], state[t]);
+                }
 #endif
-                sum_over_lanes<STATE_BITS, CHANNEL_BITS>(dmap_h);
-                sum_over_lanes<STATE_BITS, CHANNEL_BITS>(dmap_y);
+                sum_over_lanes<STATE_BITS, CHANNEL_BITS>(dB_now);
+                sum_over_lanes<STATE_BITS, CHANNEL_BITS>(dC_now);
                 sum_over_lanes<0, STATE_BITS>(sum_y);
                 sum_over_lanes<0, STATE_BITS>(sum_h);
                 sum_over_lanes<0, STATE_BITS>(sum_A);
                 if (lane >> (STATE_BITS + ORDER_BITS) == 0)
 #pragma unroll
                     for (int n = 0; n < KEPT_STATES; ++n) {
-                        const int place = first_state + (n ^ state_order);
-                        shared.dB[warp][token][place] = dmap_h[n];
-                        shared.dC[warp][token][place] = dmap_y[n];
+                        const int place = first_state + (n ^ own.state_order);
+                        shared.dB[warp][token][place] = dB_now[n];
+                        shared.dC[warp][token][place] = dC_now[n];
                     }
                 if (lane % LANES * KEPT_CHANNELS < CPT)
 #pragma unroll
                     for (int k = 0; k < KEPT_CHANNELS; ++k)
-                        shared.sum[warp][t][column + (k ^ channel_order)] =
+                        shared.sum[warp][t][column + (k ^ own.channel_order)] =
                             make_float4(sum_y[k], sum_h[k], sum_A[k], 0.0f);
             }
             __syncwarp();
@@ -403,7 +383,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #endif
             __syncwarp();
         }
-        each([&](int k, int n, i64, bool) {
+        own.each([&](int k, int n, i64, bool) {
             add_to(shared.dA[k * SPT + n][threadIdx.x], shared.dA_lost[k * SPT + n][threadIdx.x],
                    dA_tile[k][n]);
         });
@@ -439,18 +419,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const i64 part = row * n_segments + segment;
 #if CARRIES
     const i64 at = row * (n_segments - 1) + segment - 1;
-    save(carries + at * states, carry);
+    own.save(carries + at * states, carry);
 #pragma unroll
     for (int k = 0; k < CPT; ++k) {
-        const int c = k ^ channel_order;
-        if (lane % LANES == 0 && c < walked_channels)
+        const int c = k ^ own.channel_order;
+        if (lane % LANES == 0 && c < own.n_channels)
             dt_sums[at * n_channels + channel + c] = has_begun ? infinity() : dt_sum[k];
     }
 #else
 #if !PACKED
-    if (segment == 0) save(row_of(dinitial_state, sequence), carry);
+    if (segment == 0) own.save(row_of(dinitial_state, sequence * states), carry);
 #endif
-    each([&](int k, int n, i64 place, bool exists) {
+    own.each([&](int k, int n, i64 place, bool exists) {
         if (exists) dA[part * states + place] = shared.dA[k * SPT + n][threadIdx.x];
     });
 #pragma unroll

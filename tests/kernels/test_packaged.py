@@ -10,7 +10,7 @@ import torch
 
 from hybridzoo.kernels import loader, sources
 from hybridzoo.kernels.dispatch import use
-from hybridzoo.kernels.selective_scan import fwd
+from hybridzoo.kernels.selective_scan import bwd, fwd
 from hybridzoo.layers import Sequence, kind_config
 from tests.kernels import sass
 
@@ -52,7 +52,10 @@ def launch(shape, dtype, is_packed):
         ends = torch.zeros(3, dtype=torch.int32) if is_packed else None
     options = (weight, wide, weight, None, ends, True, 0.0, inf)
     given = fwd.Arguments(wide, wide, A, maps, maps, *options)
-    fwd.launch(given, fwd.choose(shape, 16, wide.device))
+    mapping = fwd.choose(shape, 16, wide.device)
+    fwd.launch(given, mapping)
+    _, state, checkpoints = fwd.launch(given, mapping, bwd.distance(16))
+    bwd.launch(given, wide, state, checkpoints, bwd.choose(shape, 16, wide.device))
 
 
 def test_list_is_what_launches_ask_for(asked):
@@ -78,7 +81,10 @@ def test_a_layer_asks_for_what_is_listed(asked, monkeypatch, rows, is_packed):
         rows, n = 1, 40 * rows
         ends = torch.tensor([0, 7, n], dtype=torch.int32)
         ctx = Sequence.build(n, cu_seqlens=ends, max_seqlen=n - 7)
-    with torch.no_grad(), use(selective_scan="cuda"):
-        layer(torch.randn(rows, n, 768, dtype=BF16), None, ctx)
+    x = torch.randn(rows, n, 768, dtype=BF16)
+    with use(selective_scan="cuda"):
+        layer(x, None, ctx).sum().backward()
+        with torch.no_grad():
+            layer(x, None, ctx)
     assert asked
     assert asked.keys() <= {line(*instance) for instance in sources.listed()}

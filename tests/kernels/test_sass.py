@@ -20,7 +20,7 @@ from hybridzoo.kernels.causal_conv1d import triton as conv
 from hybridzoo.kernels.causal_conv1d_step import triton as conv_step
 from hybridzoo.kernels.jit import triton
 from hybridzoo.kernels.rms_norm import triton as norm
-from hybridzoo.kernels.selective_scan import fwd
+from hybridzoo.kernels.selective_scan import bwd, fwd
 from hybridzoo.kernels.selective_scan import triton as scan
 from hybridzoo.kernels.selective_scan_step import triton as step
 from tests.kernels import sass
@@ -39,12 +39,14 @@ class Bound(NamedTuple):
         slots: at most, instructions of the core for each special function in it.
         load_bits: at least, of the widest load from memory.
         n_special: exactly, of the core, so that another loop is not taken for it.
+        stack: bytes at most, of a thread; the core itself spills none.
     """
 
     registers: int
     slots: float | None = None
     load_bits: int = 128
     n_special: int | None = None
+    stack: int = 0
 
 
 class Case(NamedTuple):
@@ -91,14 +93,24 @@ def run_step(b, i, n):
     step.run(x, zeros(b, i, n, dtype=FP32), x, A, maps, maps, A_is_log=True, **options_of(i, x))
 
 
-def run_cuda(b, l, i, n, dtype=BF16, is_packed=False, checkpoint_every=0):
-    """On meta tensors: launch() is plain Python, and its choice reads the true sizes."""
+def cuda_inputs(b, l, i, n, dtype, is_packed):
+    """On meta tensors: launches are plain Python, and their choices read the true sizes."""
     with torch.device("meta"):
         x, *rest = scan_inputs(b, l, i, n, dtype)
         weight, ends = zeros(i, dtype=FP32), torch.zeros(3, dtype=torch.int32)
     packed = ends if is_packed else None
-    given = fwd.Arguments(x, *rest, weight, x, weight, None, packed, True, 0.0, inf)
-    fwd.launch(given, fwd.choose(x.shape, n, x.device), checkpoint_every)
+    return fwd.Arguments(x, *rest, weight, x, weight, None, packed, True, 0.0, inf)
+
+
+def run_cuda(b, l, i, n, dtype=BF16, is_packed=False, checkpoint_every=0):
+    given = cuda_inputs(b, l, i, n, dtype, is_packed)
+    fwd.launch(given, fwd.choose(given.x.shape, n, given.x.device), checkpoint_every)
+
+
+def run_bwd(b, l, i, n, dtype=BF16, is_packed=False):
+    given = cuda_inputs(b, l, i, n, dtype, is_packed)
+    x, state = given.x, torch.zeros(2 if is_packed else b, i, n, device="meta")
+    bwd.launch(given, x, state, state, bwd.choose(x.shape, n, x.device))
 
 
 def pack():
@@ -108,6 +120,7 @@ def pack():
 CONV, EDGES = "causal_conv1d._conv_kernel", "causal_conv1d._edges_kernel"
 SCAN, FWD = "selective_scan._kernel", "selective_scan.selective_scan_fwd"
 ENDS = "selective_scan.selective_scan_ends"
+BWD, CARRIES = "selective_scan.selective_scan_bwd", "selective_scan.selective_scan_carries"
 CASES = [
     Case("conv", lambda: run_conv(8, 2048, 4096), {CONV: Bound(128, 7.0, n_special=128)}),
     Case("conv-short", lambda: run_conv(8, 100, 4096), {CONV: Bound(128, 10.1)}),
@@ -221,6 +234,39 @@ CASES = [
         lambda: run_cuda(1, 8192, 8192, 64, is_packed=True),
         {FWD: Bound(216, 7.4, 64, 134)},
     ),
+    # The backward, whose core holds a walk of 8 tokens over 8 states: 64 decays on the way and, of
+    # four elements, the gate's exponential and reciprocal. It keeps them in as many registers as
+    # there are.
+    Case("bwd", lambda: run_bwd(8, 2048, 4096, 16), {BWD: Bound(255, 18.7, 64, 72)}),
+    Case("bwd-fp32", lambda: run_bwd(8, 2048, 4096, 16, FP32), {BWD: Bound(255, 18.5, 128, 72)}),
+    Case("bwd-fp16", lambda: run_bwd(8, 2048, 4096, 16, FP16), {BWD: Bound(255, 18.7, 64, 72)}),
+    Case(
+        "bwd-segments",
+        lambda: run_bwd(1, 2048, 1536, 16),
+        {BWD: Bound(255, 18.7, 64, 72), CARRIES: Bound(150, 11.9, 64, 64)},
+    ),
+    # a pack's walk is of 4 tokens; its core is the walk to them, with the ways into a sequence
+    Case(
+        "bwd-packed",
+        lambda: run_bwd(1, 4096, 16384, 16, is_packed=True),
+        {BWD: Bound(226, 18.6, 32, 64)},
+    ),
+    Case(
+        "bwd-segments-packed",
+        lambda: run_bwd(1, 2048, 1536, 16, is_packed=True),
+        {BWD: Bound(226, 18.6, 32, 64), CARRIES: Bound(128, 14.1, 32, 64)},
+    ),
+    Case("bwd-n8", lambda: run_bwd(8, 2048, 4096, 8), {BWD: Bound(216, 14.8, 64, 128)}),
+    # nothing is aligned: element by element
+    Case("bwd-n5", lambda: run_bwd(2, 37, 255, 5), {BWD: Bound(222, 18.8, 32, 128)}),
+    Case("bwd-n32", lambda: run_bwd(4, 2048, 4096, 32), {BWD: Bound(255, 19.3, 64, 68)}),
+    Case("bwd-n64", lambda: run_bwd(4, 2048, 2048, 64), {BWD: Bound(255, 19.7, 64, 66)}),
+    # which spills, but not within a tile
+    Case(
+        "bwd-n64-packed",
+        lambda: run_bwd(1, 8192, 8192, 64, is_packed=True),
+        {BWD: Bound(255, 24.9, 64, 122, stack=32)},
+    ),
 ]
 
 
@@ -245,7 +291,7 @@ def test_kernels_fit(case, arch, monkeypatch, tmp_path):
     for name, cubin in cubins.items():
         (code,) = sass.read(cubin, tmp_path).values()
         bound = case.bounds[name]
-        assert (code.n_spills, code.stack) == (0, 0), code
+        assert code.n_spills == 0 and code.stack <= bound.stack, code
         assert code.registers <= bound.registers, code
         assert code.load_bits >= bound.load_bits, code
         assert bound.n_special in (None, code.n_special), code
@@ -254,7 +300,7 @@ def test_kernels_fit(case, arch, monkeypatch, tmp_path):
 
 
 def no_compiler(case):
-    is_cuda = not {FWD, ENDS}.isdisjoint(case.bounds)
+    is_cuda = not {FWD, ENDS, BWD, CARRIES}.isdisjoint(case.bounds)
     return sources.find_compiler().reason if is_cuda else None
 
 

@@ -79,7 +79,8 @@ def choose(shape: tuple[int, ...], n: int, device: torch.device, groups: int = 1
 @functools.lru_cache(1024)
 def _choose(b: int, l: int, i: int, n: int, groups: int, n_sms: int, room: int) -> Mapping:
     # a lane reads four channels at most, of one token
-    sizes = [Mapping(warps, distance(n), min(8, 2 * _lanes(n))) for warps in (8, 4, 2, 1)]
+    sub = min(8, 2 * _lanes(n))
+    sizes = [Mapping(warps, distance(n), sub) for warps in (8, 4, 2, 1)]
     mapping = next(m for m in sizes if _shared_bytes(m, n) <= room)
     blocks = _n_blocks(mapping, b, i, n, groups)
 
@@ -146,6 +147,9 @@ def launch(
     dfinal_state = dfinal_state.contiguous()
     tensors, options = given[: len(TENSORS)], given[len(TENSORS) :]
     x, A, B = given.x, given.A, given.B
+    if given.cu_seqlens is not None and mapping.vector(A.shape[1]) > 1:
+        # the way into a sequence and out of it wants registers
+        mapping = mapping._replace(sub=mapping.sub // 2)
     plan = _plan(x.device, mapping, options, layout_of(dy), *map(layout_of, tensors))
     (b, l, i), (_, n), s = x.shape, A.shape, plan.n_segments
     if l == 0:

@@ -216,13 +216,14 @@ def _plan(
         l, i, i // given.B.shape[2], n, rows, segment, n_segments, checkpoint_every,
         float(given.dt_min), float(given.dt_max), *strides(given),
     )  # fmt: skip
-    defines = _defines(given, mapping) | {"CHECKPOINTS": int(checkpoint_every > 0)}
+    both, has_checkpoints = _defines(given, mapping), int(checkpoint_every > 0)
     blocks = _n_blocks(mapping, b, i, n, given.B.shape[2])
     kernels = []
     for name, is_ends, grid_y in (("ends", 1, n_segments - 1), ("fwd", 0, n_segments)):
         # a pack of no sequences has nothing to walk
         if grid_y and rows:
-            macros = {**defines, "ENDS": is_ends}
+            checkpoints = 0 if is_ends else has_checkpoints
+            macros = {**both, "CHECKPOINTS": checkpoints, "ENDS": is_ends}
             if is_ends and given.cu_seqlens is not None:
                 # which want more registers still
                 macros["MIN_BLOCKS"] = max(1, macros["MIN_BLOCKS"] - 1)
