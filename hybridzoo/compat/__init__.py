@@ -1,0 +1,1 @@
+"""Other packages' public names over hybridzoo's kernels."""
