@@ -94,16 +94,22 @@ def test_kernels_are_checked_and_timed_beside_their_peers(tmp_path, peers):
         ("scan", "mamba_ssm"),
         ("conv", "causal_conv1d (b,d,l)"),
         ("conv", "causal_conv1d channel-last"),
+        ("conv fwd+bwd", "causal_conv1d (b,d,l)"),
+        ("conv fwd+bwd", "causal_conv1d channel-last"),
         ("step", "mamba_ssm"),
         ("conv_step", "causal_conv1d"),
         ("norm", "torch"),
         ("norm", "mamba_ssm"),
+        ("norm fwd+bwd", "torch"),
+        ("norm fwd+bwd", "mamba_ssm"),
     }
     for row in rows:
         for side in ("error", "peer_error"):
             for name, error in row[side].items():
                 # bf16 has 8 bits; what stays fp32 has 24
-                limit = 5e-3 if name == "y" or row["shape"].endswith(",16") else 1e-5
+                is_half = name not in ("h", "state") or row["shape"].endswith(",16")
+                # of a backward the reference in bf16 rounds on the way as well
+                limit = (1e-2 if "bwd" in row["op"] else 5e-3) if is_half else 1e-5
                 assert error["norm"] < limit, (row["op"], side, name)
         assert 0 < row["ours"]["low"] <= row["ours"]["ms"] <= row["ours"]["high"]
         assert row["ratio"] == pytest.approx(row["theirs"]["ms"] / row["ours"]["ms"])

@@ -1,4 +1,10 @@
-"""Gradients of a raw launch that has no kernel for them: the op is run again as plain torch."""
+"""Gradients of a raw launch: whether a call needs any, and its op again as plain torch.
+
+A launch that has a kernel for them is two custom ops without formulas, joined by a
+torch.autograd.Function that `run` applies where `needs_gradient`: torch's own joint of an op and
+its formula costs the host three times as much a call. The second op having none, a second
+derivative raises.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,6 +13,11 @@ import torch
 from torch import Tensor
 
 from hybridzoo.kernels.dispatch import no_autocast
+
+
+def needs_gradient(*inputs: Tensor | None) -> bool:
+    """Whether autograd records a call with these inputs."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 
 def recomputed_gradients(

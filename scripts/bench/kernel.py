@@ -5,9 +5,9 @@
 
 Each side gets its own layout, the same values and dtypes and gives the same outputs. Times are the
 device's, medians in the order ours, peer, ours; inputs rotate over sets that together are larger
-than the L2 cache. Errors are those of the call that is timed, on 64 channels spread over all of
-them. A peer that is not installed is named in its row. The whole of it takes some minutes; results
-are written after every row.
+than the L2 cache. Errors are those of the call that is timed, on 64 channels, or rows of a norm,
+spread over all of them. A peer that is not installed is named in its row. The whole of it takes
+some minutes; results are written after every row.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from cases import Case, Make, Peer, conv, n_sets, norm, scan, text
+from gradients import conv_gradients, norm_gradients
 from measure import (
     Clock,
     Times,
@@ -41,21 +42,23 @@ SCANS = [
     (4, 2048, 1000, 16), (8, 4096, 100, 16), (2, 256, 2048, 16), (4, 2048, 2048, 64),
 ]  # fmt: skip
 # part: its ops with their shapes. scan: b, i, l, n; conv: b, l, i; step: b, i, n; conv_step: b, i;
-# norm: rows, d, bits of the residual
+# norm: rows, d, bits of the residual; both of these once forward, and once forward and backward
+CONVS = [(8, 2048, 4096), (1, 65536, 4096), (4, 1000, 2048), (8, 100, 4096)]
+NORMS = [(16384, 4096, 32), (16384, 4096, 16), (8, 2048, 32), (8, 2048, 16)]
 PARTS: dict[str, list[tuple[Make, list[tuple[int, ...]]]]] = {
     "scan": [(scan, SCANS)],
-    "conv": [(conv, [(8, 2048, 4096), (1, 65536, 4096), (4, 1000, 2048), (8, 100, 4096)])],
+    "conv": [(conv, CONVS), (conv_gradients, CONVS)],
     "step": [
         (step, [(1, 8192, 16), (64, 8192, 16), (256, 8192, 16)]),
         (conv_step, [(1, 8192), (64, 8192), (256, 8192)]),
     ],
-    "norm": [(norm, [(16384, 4096, 32), (16384, 4096, 16), (8, 2048, 32), (8, 2048, 16)])],
+    "norm": [(norm, NORMS), (norm_gradients, NORMS)],
 }
 TINY: dict[str, list[tuple[Make, list[tuple[int, ...]]]]] = {
     "scan": [(scan, [(2, 6, 37, 5)])],
-    "conv": [(conv, [(2, 37, 6)])],
+    "conv": [(conv, [(2, 37, 6)]), (conv_gradients, [(2, 37, 6)])],
     "step": [(step, [(3, 6, 5)]), (conv_step, [(3, 6)])],
-    "norm": [(norm, [(5, 24, 32), (5, 24, 16)])],
+    "norm": [(make, [(5, 24, 32), (5, 24, 16)]) for make in (norm, norm_gradients)],
 }
 
 

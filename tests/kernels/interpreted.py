@@ -11,6 +11,8 @@ import sys
 
 import torch
 
+from tests.kernels.compare import run_fwd_bwd
+
 
 def count_loops_by_tensors():
     """Let a kernel's loop end at a value: numpy 2.4 refuses int() of an array with one element."""
@@ -51,6 +53,28 @@ def check_graphs(function, call):
             assert all(map(torch.equal, got, want))
     names = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
     assert f"hybridzoo.{function.op.name}_triton.default" in names, names
+
+
+def check_gradient_graphs(function, call):
+    """Compiled whole with its gradients, and exported where a parameter needs one."""
+    want = run_fwd_bwd(function, call)
+    for backend in ("eager", "aot_eager"):
+        compiled = torch.compile(function, fullgraph=True, backend=backend)
+        got = run_fwd_bwd(compiled, call)
+        # a gradient that nobody wants is a zero here, which a kernel may add
+        assert all(torch.allclose(got[name], t, rtol=1e-6, atol=1e-6) for name, t in want.items())
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(call.arguments["weight"].clone())
+
+        def forward(self, x):
+            return function(**call.having(x=x, weight=self.weight).arguments)
+
+    model, x = Model(), call.arguments["x"]
+    exported = torch.export.export(model, (x,)).module()
+    assert torch.equal(exported(x)[0], model(x)[0])
 
 
 def main(op):

@@ -3,11 +3,13 @@
 import itertools
 from functools import partial
 
+import pytest
 import torch
 
 from hybridzoo.kernels.rms_norm import reference, rms_norm, triton
-from tests.kernels.compare import check_backend, randn
-from tests.kernels.interpreted import allow_cpu, check_graphs
+from tests.kernels import sass
+from tests.kernels.compare import Call, check_backend, randn
+from tests.kernels.interpreted import allow_cpu, check_gradient_graphs, check_graphs
 from tests.kernels.test_rms_norm import EPS, naive, norm_inputs
 
 # the interpreter truncates to bf16 where a GPU rounds, but rounds to fp16
@@ -15,6 +17,9 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 allow_cpu(triton)
+# programs of a backward: fewer than its rows, so that they take some in turn
+sass.HOPPER.multi_processor_count = 2
+torch.cuda.get_device_properties = lambda _: sass.HOPPER
 
 
 def check(dtype, residual, **changed):
@@ -61,10 +66,80 @@ def check_shapes():
         torch.testing.assert_close(y, naive(x, eps=EPS)[0])
 
 
+def check_gradients(rows, width, dtype, residual):
+    """More rows than programs, and a program's of several; widths that are no power of two."""
+    x, weight = randn(rows, width, seed=0, dtype=dtype), randn(width, seed=1, dtype=dtype)
+    call = Call({"x": x, "weight": weight, "eps": EPS})
+    if residual is not None:
+        call = call.having(residual=randn(rows, width, seed=2, dtype=residual))
+    check_backend(rms_norm, naive, "triton", call, dtype)
+
+
+def check_each_cotangent():
+    """Of y or of h alone, and the sum of both; where x and residual differ each has its dtype."""
+    for dtype, residual in itertools.product([FP32, FP16], repeat=2):
+        call = norm_inputs(dtype, residual=residual).to(None)
+        x, weight, stream = call.leaves().values()
+        y, h = triton.run(**call.arguments)
+        dy, dh = randn(*y.shape, seed=5, dtype=dtype), randn(*h.shape, seed=6, dtype=residual)
+        leaves = (x, weight, stream)
+        ends = [((y,), (dy,)), ((h,), (dh,)), ((y, h), (dy, dh))]
+        of_y, of_h, of_both = (
+            torch.autograd.grad(o, leaves, d, retain_graph=True, materialize_grads=True)
+            for o, d in ends
+        )
+        assert torch.equal(of_h[2], dh)
+        assert torch.equal(of_h[0], dh.to(dtype))
+        assert not of_h[1].any() and torch.equal(of_y[1], of_both[1])
+        for leaf, both, *parts in zip(leaves, of_both, of_y, of_h, strict=True):
+            assert both.dtype == leaf.dtype
+            # a rounding of each
+            rounding = 4 * torch.finfo(dtype).eps + 4 * torch.finfo(residual).eps
+            torch.testing.assert_close(
+                both.float(), sum(p.float() for p in parts), rtol=rounding, atol=rounding
+            )
+
+
+def check_gradient_views():
+    """dy, dh and x with strides of their own, and of stride 0."""
+    wide = randn(5, 2, 7, 40, seed=0)
+    dy, h, dh = wide[1:4, 1, 2:6, 3:36:2], wide[:3, 0, :4, :17], wide[2:, 1, 1:5, 5:22]
+    weight = randn(17, seed=1)
+    for given in ((dy, dh, h), (h, dy, dh), (dh, dy.new_ones(()).expand(3, 4, 17), dy)):
+        got = triton._backward(*given, weight, EPS)
+        want = triton._backward(*(t.contiguous() for t in given), weight, EPS)
+        assert all(map(torch.equal, got, want))
+
+
+def check_empty():
+    for shape in ((0, 33), (2, 0)):
+        x, weight = torch.empty(shape, requires_grad=True), torch.ones(shape[-1]).requires_grad_()
+        y, _ = triton.run(x, weight, eps=EPS)
+        dx, dweight = torch.autograd.grad(y.sum(), (x, weight))
+        assert dx.shape == shape
+        assert torch.equal(dweight, torch.zeros(shape[-1]))
+
+
+def check_second_derivatives():
+    """They raise, whether or not the gradient that comes in has one of its own."""
+    for residual, needs in itertools.product([None, FP32], [False, True]):
+        call = norm_inputs(FP32, residual=residual).to(None)
+        x, weight = call.arguments["x"], call.arguments["weight"]
+        y, _ = triton.run(**call.arguments)
+        (dx,) = torch.autograd.grad(y, x, y.detach().requires_grad_(needs), create_graph=True)
+        with pytest.raises(RuntimeError, match=r"rms_norm_triton_backward.* no autograd"):
+            # a loss that is differentiable otherwise as well
+            torch.autograd.grad(dx.sum() + weight.square().sum(), weight)
+
+
 def check_op():
-    x, weight, residual = norm_inputs(BF16).to(None).leaves().values()
+    """Schema and fake of both ops; a formula they have not."""
+    x, weight, residual = norm_inputs(BF16).leaves().values()
     for given in ((weight, residual), (None, None)):
         torch.library.opcheck(torch.ops.hybridzoo.rms_norm_triton, (x, *given, EPS, True))
+    backward = torch.ops.hybridzoo.rms_norm_triton_backward
+    for given in ((residual, residual, weight), (None, residual, None), (x, x, weight)):
+        torch.library.opcheck(backward, (x.flip(0), *given, EPS))
 
 
 def check_refusals():
@@ -84,8 +159,20 @@ def cases():
     yield "narrow stream", check_narrow_stream
     yield "views", check_views
     yield "shapes", check_shapes
+    for shape in ((131, 17), (5, 2049), (19, 64)):
+        for dtype, residual in ((FP32, FP32), (BF16, FP32), (BF16, None)):
+            yield (
+                f"gradients {shape} {dtype} {residual}",
+                partial(check_gradients, *shape, dtype, residual),
+            )
+    yield "each cotangent", check_each_cotangent
+    yield "gradients of views", check_gradient_views
+    yield "empty", check_empty
+    yield "second derivatives", check_second_derivatives
     yield "opcheck", check_op
     yield "refusals", check_refusals
     for residual in (None, FP32):
         call = norm_inputs(BF16, residual=residual)
         yield f"graphs {residual}", partial(check_graphs, rms_norm, call)
+        call = norm_inputs(FP32, residual=residual)
+        yield f"gradients in graphs {residual}", partial(check_gradient_graphs, rms_norm, call)

@@ -19,6 +19,8 @@ from tests.kernels.oracles import naive_conv
 
 SHAPES = [(1, 16, 8, 4), (2, 97, 6, 4), (2, 5, 3, 2), (1, 3, 5, 8)]  # b l i w; 3 < 8 - 1
 LENGTHS = [0, 5, 0, 1, 31, 2, 20, 0]
+# longer than what a program of a backward takes at least, and as short as a tap
+LONG_LENGTHS = [70, 0, 1, 2, 3, 64, 33, 129]
 
 
 def conv_inputs(shape, dtype=torch.float64, device="cpu", has_state=True, n_seqs=None):
@@ -73,11 +75,12 @@ def test_packed_is_separate(d_conv, has_state):
 @pytest.mark.parametrize("has_state", [False, True], ids=["cold", "warm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("d_conv", [2, 3, 4])
+@pytest.mark.parametrize("lengths", [LENGTHS, LONG_LENGTHS], ids=["short", "long"])
 @pytest.mark.parametrize("backend", causal_conv1d.op.backends)
-def test_backend_packs(backend, d_conv, dtype, has_state, device):
-    shape = (1, sum(LENGTHS), 264, d_conv)
-    call = conv_inputs(shape, dtype, device, has_state, len(LENGTHS))
-    call = call.having(cu_seqlens=pack(LENGTHS, device))
+def test_backend_packs(backend, lengths, d_conv, dtype, has_state, device):
+    shape = (1, sum(lengths), 264, d_conv)
+    call = conv_inputs(shape, dtype, device, has_state, len(lengths))
+    call = call.having(cu_seqlens=pack(lengths, device))
     check_backend(causal_conv1d, naive_conv, backend, call, dtype)
 
 
@@ -94,19 +97,65 @@ def test_backend_takes_views_and_repeats_itself(backend, device):
                 assert all(map(torch.equal, causal_conv1d(**call.arguments), want))
 
 
+@pytest.mark.parametrize("backend", causal_conv1d.op.backends)
+def test_gradients_of_views_repeat_themselves(backend, device):
+    """x and dy are halves of something wider; dy is also one number that is expanded."""
+    for length in (3, 700):
+        both = randn(4, length, 2 * 264, seed=0, dtype=torch.bfloat16, device=device)
+        x, dy = both[:2, :, :264], both[2:, :, 264:]
+        call = conv_inputs((2, 1, 264, 4), torch.bfloat16, device).having(x=x)
+        skip_unless_supported(causal_conv1d, backend, call)
+        leaves = call.leaves()
+
+        def gradients(dy, call=call, names=tuple(leaves)):
+            given = {n: call.arguments[n].detach().requires_grad_() for n in names}
+            with use(causal_conv1d=backend):
+                y, _ = causal_conv1d(**call.having(**given).arguments)
+            return torch.autograd.grad(y, tuple(given.values()), dy)
+
+        for given in (dy, dy[:1, :1, :1].expand(dy.shape)):
+            want = gradients(given.contiguous(), call.having(x=x.contiguous()))
+            for _ in range(5):
+                assert all(map(torch.equal, gradients(given), want))
+
+
+@pytest.mark.parametrize("backend", causal_conv1d.op.backends)
+def test_backend_carries_gradients_through_a_split(backend, device):
+    call = conv_inputs((2, 301, 136, 4), torch.float32, device)
+    skip_unless_supported(causal_conv1d, backend, call)
+
+    def in_two(**arguments):
+        x, state, y = arguments.pop("x"), arguments.pop("initial_state"), []
+        for part in x.split([130, 171], 1):
+            part, state = causal_conv1d(part, initial_state=state, **arguments)
+            y.append(part)
+        return torch.cat(y, 1), state
+
+    with use(causal_conv1d=backend):
+        # sums of 602 terms of size one, in fp32 and in another order
+        got, want = run_fwd_bwd(in_two, call), run_fwd_bwd(causal_conv1d, call)
+    assert_same(got, want, tolerance=1e-4)
+
+
 @pytest.mark.gpu
 def test_offsets_beyond_31_bits():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
     shape = (3, 2**18, 4096, 4)
     call = conv_inputs((3, 1, 4096, 4), torch.bfloat16, "cuda")
-    x = torch.randn(shape[:3], device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(shape[:3], device="cuda", dtype=torch.bfloat16, requires_grad=True)
     y, final_state = causal_conv1d(**call.having(x=x).arguments)
+    dy = torch.randn(shape[:3], device="cuda", dtype=torch.bfloat16)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    x, some = x.detach(), x.detach()[2:, -8:].clone().requires_grad_()
     with use(causal_conv1d="reference"):
-        tail = {"x": x[2:, -8:], "initial_state": x[2:, -11:-8]}
+        tail = {"x": some, "initial_state": x[2:, -11:-8]}
         want = causal_conv1d(**call.having(**tail).arguments)
     torch.testing.assert_close(y[2:, -8:], want[0], rtol=2**-7, atol=1e-5)
     assert torch.equal(final_state[2:], want[1])
+    # what reaches these rows comes from no other; each side rounds once, some to either side
+    (want,) = torch.autograd.grad(want[0], some, dy[2:, -8:])
+    torch.testing.assert_close(dx[2:, -8:], want, rtol=2**-6, atol=2**-6)
 
 
 @pytest.mark.parametrize("cuts", [(1,), (2, 3, 4), (5,), (1, 10)], ids=str)

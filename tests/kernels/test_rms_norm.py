@@ -73,17 +73,46 @@ def test_backend_adds_the_zero_of_a_first_block(backend, device):
     check_backend(rms_norm, naive, backend, call, torch.bfloat16)
 
 
+@pytest.mark.parametrize("residual", [None, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("backend", rms_norm.op.backends)
+def test_gradients_of_many_rows_repeat_themselves(backend, residual, device):
+    """More rows than programs; dy and dh are columns of something wider."""
+    both = randn(4, 1501, 264, seed=0, dtype=torch.bfloat16, device=device)
+    call = Call({"x": both[0, :, :128], "weight": both[1, 0, :128], "eps": EPS})
+    call = call.having(residual=None if residual is None else both[1, :, 128:256].to(residual))
+    check_backend(rms_norm, naive, backend, call, torch.bfloat16)
+    leaves = call.leaves()
+
+    def gradients(dy, dh):
+        given = {name: t.detach().requires_grad_() for name, t in leaves.items()}
+        with use(rms_norm=backend):
+            y, h = rms_norm(**call.having(**given).arguments)
+        # without a residual h is x, and its cotangent is nobody's business here
+        ends, cotangents = ((y,), (dy,)) if residual is None else ((y, h), (dy, dh.to(residual)))
+        return torch.autograd.grad(ends, tuple(given.values()), cotangents)
+
+    dy, dh = both[2, :, 3:131], both[3, :, 5:133]
+    want = gradients(dy.contiguous(), dh.contiguous())
+    for _ in range(5):
+        assert all(map(torch.equal, gradients(dy, dh), want))
+
+
 @pytest.mark.gpu
 def test_offsets_beyond_31_bits():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
-    x = torch.randn(2**19 + 1, 4096, device="cuda", dtype=torch.bfloat16)
-    residual = x.flip(0)
+    x = torch.randn(2**19 + 1, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    residual = x.detach().flip(0)
     y, h = rms_norm(x, eps=EPS, residual=residual)
+    (dx,) = torch.autograd.grad((y, h), x, (residual, residual))
+    some = x.detach()[-3:].clone().requires_grad_()
     with use(rms_norm="reference"):
-        want_y, want_h = rms_norm(x[-3:], eps=EPS, residual=residual[-3:])
+        want_y, want_h = rms_norm(some, eps=EPS, residual=residual[-3:])
     assert torch.equal(h[-3:], want_h)
     torch.testing.assert_close(y[-3:], want_y, rtol=2**-7, atol=0)
+    (want,) = torch.autograd.grad((want_y, want_h), some, (residual[-3:], residual[-3:]))
+    # the reference rounds the two parts of the gradient and their sum
+    torch.testing.assert_close(dx[-3:], want, rtol=2**-6, atol=2**-5)
 
 
 @pytest.mark.parametrize("residual", [None, torch.float64], ids=["plain", "residual"])

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from hybridzoo.kernels import sources
+from hybridzoo.kernels.causal_conv1d import backward as conv_backward
 from hybridzoo.kernels.causal_conv1d import triton as conv
 from hybridzoo.kernels.causal_conv1d_step import triton as conv_step
 from hybridzoo.kernels.jit import triton
@@ -65,12 +66,23 @@ def run_conv(b, l, i, **options):
     conv.run(zeros(b, l, i), zeros(i, 4), zeros(i), activation="silu", **options)
 
 
+def run_conv_backward(b, l, i, dtype=BF16, states=0, cu_seqlens=None):
+    x, weight = zeros(b, l, i, dtype=dtype), zeros(i, 4, dtype=dtype)
+    state = zeros(states, 3, i, dtype=dtype) if states else None
+    conv_backward.causal_conv1d_backward(x, state, x, weight, weight[:, 0], state, cu_seqlens, True)
+
+
 def run_conv_step(b, i):
     conv_step.run(zeros(b, i), zeros(b, 3, i), zeros(i, 4), zeros(i), activation="silu")
 
 
 def run_norm(rows, d, residual):
     norm.run(zeros(rows, d), zeros(d), eps=1e-5, residual=zeros(rows, d, dtype=residual))
+
+
+def run_norm_backward(rows, d, stream):
+    h = zeros(rows, d, dtype=stream)
+    norm._backward(zeros(rows, d), h, h, zeros(d), 1e-5)
 
 
 def scan_inputs(b, l, i, n, dtype=BF16):
@@ -118,6 +130,8 @@ def pack():
 
 
 CONV, EDGES = "causal_conv1d._conv_kernel", "causal_conv1d._edges_kernel"
+CONV_BACK, CONV_SUMS = "causal_conv1d._backward_kernel", "causal_conv1d._sums_kernel"
+NORM_BACK, NORM_SUMS = "rms_norm._backward_kernel", "rms_norm._sums_kernel"
 SCAN, FWD = "selective_scan._kernel", "selective_scan.selective_scan_fwd"
 ENDS = "selective_scan.selective_scan_ends"
 BWD, CARRIES = "selective_scan.selective_scan_bwd", "selective_scan.selective_scan_carries"
@@ -129,11 +143,48 @@ CASES = [
         lambda: run_conv(1, 2048, 4096, cu_seqlens=pack()),
         {CONV: Bound(128, 9.9), EDGES: Bound(82, 14.3)},
     ),
+    # four channels a lane, 8 bytes of bf16, for 12 warps a multiprocessor: a lane of eight has 237
+    # registers, which leaves 8. Two special functions an element
+    Case(
+        "conv-backward",
+        lambda: run_conv_backward(8, 2048, 4096),
+        {CONV_BACK: Bound(168, 15.0, 64, 64), CONV_SUMS: Bound(40)},
+    ),
+    Case(
+        "conv-backward-fp32",
+        lambda: run_conv_backward(8, 100, 4096, FP32),
+        {CONV_BACK: Bound(168, 14.3, 128, 32), CONV_SUMS: Bound(40)},
+    ),
+    Case(
+        "conv-backward-packed",
+        lambda: run_conv_backward(1, 2048, 4096, states=2, cu_seqlens=pack()),
+        {
+            CONV_BACK: Bound(168, 14.7, 64, 64),
+            CONV_SUMS: Bound(40),
+            "causal_conv1d._states_kernel": Bound(64, 23.6, 64),
+        },
+    ),
     Case(
         "conv-step", lambda: run_conv_step(64, 8192), {"causal_conv1d_step._step_kernel": Bound(64)}
     ),
     Case("norm-fp32", lambda: run_norm(16, 4096, FP32), {"rms_norm._norm_kernel": Bound(40)}),
     Case("norm-bf16", lambda: run_norm(16, 2048, BF16), {"rms_norm._norm_kernel": Bound(32)}),
+    # 3 programs of 8 warps a multiprocessor, and 2 of them where the stream is fp32
+    Case(
+        "norm-backward-bf16",
+        lambda: run_norm_backward(16, 4096, BF16),
+        {NORM_BACK: Bound(80), NORM_SUMS: Bound(40)},
+    ),
+    Case(
+        "norm-backward-fp32",
+        lambda: run_norm_backward(16, 4096, FP32),
+        {NORM_BACK: Bound(128), NORM_SUMS: Bound(40)},
+    ),
+    Case(
+        "norm-backward-8192",
+        lambda: run_norm_backward(16, 8192, FP32),
+        {NORM_BACK: Bound(128), NORM_SUMS: Bound(40)},
+    ),
     Case("scan-triton", lambda: run_scan(8, 4, 4096, 16), {SCAN: Bound(124, 11.5)}),
     Case("scan-triton-few", lambda: run_scan(1, 4, 4096, 16), {SCAN: Bound(72, 16.8)}),
     Case("scan-triton-64", lambda: run_scan(8, 4, 4096, 64), {SCAN: Bound(255, 9.4)}),
@@ -315,9 +366,10 @@ def launched(path):
 
 
 def test_every_kernel_has_a_case():
-    """Those of each triton.py, and each source of csrc."""
+    """Those of each triton.py and backward.py, and each source of csrc."""
     bounds = {name for case in CASES for name in case.bounds}
-    in_triton = set().union(*(launched(path) for path in KERNELS.glob("*/triton.py")))
+    paths = [path for name in ("triton", "backward") for path in KERNELS.glob(f"*/{name}.py")]
+    in_triton = set().union(*map(launched, paths))
     assert in_triton
     assert in_triton <= bounds
     in_cuda = set().union(*(functions(path) for path in sources.csrc().rglob("*.cu")))

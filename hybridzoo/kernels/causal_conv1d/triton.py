@@ -5,8 +5,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridzoo.kernels.adjoint import recomputed_gradients
-from hybridzoo.kernels.causal_conv1d import reference
+from hybridzoo.kernels.adjoint import needs_gradient
+from hybridzoo.kernels.causal_conv1d.backward import causal_conv1d_backward
+from hybridzoo.kernels.causal_conv1d.taps import (
+    append,
+    load_past,
+    load_row,
+    load_taps,
+    rows_of,
+    to_fp32,
+    weigh,
+)
 from hybridzoo.kernels.jit import available, jit, tl, triton
 
 # rows whose loads are in flight together
@@ -49,80 +58,10 @@ def run(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `hybridzoo.kernels.causal_conv1d.causal_conv1d`."""
-    return _causal_conv1d(x, weight, bias, initial_state, cu_seqlens, activation == "silu")
-
-
-@jit
-def append(rows, row):
-    """The tuple and one more."""
-    # Triton compiles no star in a tuple
-    return rows + (row,)  # noqa: RUF005
-
-
-@jit
-def _load_row(x_ptr, x_stride, state_ptr, state_stride, start, t, mask, PAST: tl.constexpr,
-              HAS_STATE: tl.constexpr):  # fmt: skip
-    """Input t of a sequence that began at `start`; what lies before is its state's, or zero."""
-    row = tl.load(x_ptr + t.to(tl.int64) * x_stride, mask=mask & (t >= start), other=0.0)
-    if HAS_STATE:
-        place = (t - start + PAST).to(tl.int64)
-        old = tl.load(state_ptr + place * state_stride, mask=mask & (t < start), other=0.0)
-        row = tl.where(t < start, old.to(row.dtype), row)
-    return row
-
-
-@jit
-def _load_past(x_ptr, x_stride, state_ptr, state_stride, start, t, mask, PAST: tl.constexpr,
-               HAS_STATE: tl.constexpr):  # fmt: skip
-    """The inputs t - PAST .. t - 1, oldest first."""
-    past = ()
-    for k in tl.static_range(PAST):
-        row = _load_row(x_ptr, x_stride, state_ptr, state_stride, start, t - PAST + k, mask, PAST,
-                        HAS_STATE)  # fmt: skip
-        past = append(past, row)
-    return past
-
-
-@jit
-def to_fp32(rows):
-    """Each of a tuple."""
-    wide = ()
-    for k in tl.static_range(len(rows)):
-        wide = append(wide, rows[k].to(tl.float32))
-    return wide
-
-
-@jit
-def load_taps(weight_ptr, bias_ptr, channels, mask, W: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """The W columns of weight, and bias or zero, in fp32."""
-    k = tl.arange(0, 4)
-    # one wide load of all columns, where four narrow ones would stride
-    wide = tl.load(
-        weight_ptr + channels[:, None].to(tl.int64) * W + k[None, :],
-        mask=mask[:, None] & (k[None, :] < W),
-        other=0.0,
-    ).to(tl.float32)
-    even, odd = tl.split(tl.reshape(wide, [channels.shape[0], 2, 2]))
-    tap0, tap2 = tl.split(even)
-    tap1, tap3 = tl.split(odd)
-    bias = tl.zeros(channels.shape, tl.float32)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + channels, mask=mask, other=0.0).to(tl.float32)
-    return (tap0, tap1, tap2, tap3), bias
-
-
-@jit
-def weigh(past, x, taps, bias, PAST: tl.constexpr, SILU: tl.constexpr):
-    """act(bias + taps . (past, x)), in fp32; every kernel sums in this order, the step's too."""
-    y = bias
-    for k in tl.static_range(PAST):
-        y += taps[k] * past[k]
-    y += taps[PAST] * x
-    if SILU:
-        # y / (1 + exp(-y)) in 6 instructions: a division checks ranges and takes 8 alone
-        root = tl.rsqrt(1.0 + tl.exp2(-1.4426950408889634 * y))
-        y = y * root * root
-    return y
+    given = (x, weight, bias, initial_state, cu_seqlens, activation == "silu")
+    if needs_gradient(*given[:4]):
+        return _Differentiable.apply(*given)
+    return _causal_conv1d(*given)
 
 
 @jit(do_not_specialize=["length", "n_chunks"])
@@ -143,7 +82,7 @@ def _conv_kernel(x_ptr, weight_ptr, bias_ptr, state_ptr, y_ptr, final_ptr, lengt
     y_ptr += batch * length * width + channels
     PAST: tl.constexpr = W - 1
     taps, bias = load_taps(weight_ptr, bias_ptr, channels, mask, W, HAS_BIAS)
-    past = to_fp32(_load_past(x_ptr, x_stride_l, state_ptr, state_stride_w, 0, first, mask, PAST,
+    past = to_fp32(load_past(x_ptr, x_stride_l, state_ptr, state_stride_w, 0, first, mask, PAST,
                                HAS_STATE))  # fmt: skip
     for walked in range(0, ROWS, UNROLL):
         t = first + walked
@@ -158,7 +97,7 @@ def _conv_kernel(x_ptr, weight_ptr, bias_ptr, state_ptr, y_ptr, final_ptr, lengt
             tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=mask & (t + u < length))
             past = append(past[1:], x)
     if HAS_FINAL and first + ROWS >= length:
-        rows = _load_past(x_ptr, x_stride_l, state_ptr, state_stride_w, 0, length, mask, PAST,
+        rows = load_past(x_ptr, x_stride_l, state_ptr, state_stride_w, 0, length, mask, PAST,
                           HAS_STATE)  # fmt: skip
         places = final_ptr + batch * PAST * width + channels
         for k in tl.static_range(PAST):
@@ -180,17 +119,17 @@ def _edges_kernel(x_ptr, weight_ptr, bias_ptr, state_ptr, cu_seqlens_ptr, y_ptr,
     state_ptr += seq * state_stride_b + channels
     PAST: tl.constexpr = W - 1
     taps, bias = load_taps(weight_ptr, bias_ptr, channels, mask, W, HAS_BIAS)
-    past = to_fp32(_load_past(x_ptr, x_stride_l, state_ptr, state_stride_w, start, start, mask,
+    past = to_fp32(load_past(x_ptr, x_stride_l, state_ptr, state_stride_w, start, start, mask,
                                PAST, HAS_STATE))  # fmt: skip
     for k in tl.static_range(PAST):
         here = mask & (start + k < end)
-        x = _load_row(x_ptr, x_stride_l, state_ptr, state_stride_w, start, start + k, here, PAST,
+        x = load_row(x_ptr, x_stride_l, state_ptr, state_stride_w, start, start + k, here, PAST,
                       False).to(tl.float32)  # fmt: skip
         y = weigh(past, x, taps, bias, PAST, SILU)
         places = y_ptr + (start + k).to(tl.int64) * width + channels
         tl.store(places, y.to(y_ptr.dtype.element_ty), mask=here)
         past = append(past[1:], x)
-    rows = _load_past(x_ptr, x_stride_l, state_ptr, state_stride_w, start, end, mask, PAST,
+    rows = load_past(x_ptr, x_stride_l, state_ptr, state_stride_w, start, end, mask, PAST,
                       HAS_STATE)  # fmt: skip
     places = final_ptr + seq * PAST * width + channels
     for k in tl.static_range(PAST):
@@ -208,7 +147,7 @@ def _causal_conv1d(
 ) -> tuple[Tensor, Tensor]:
     y, final_state = _allocate(x, weight, bias, initial_state, cu_seqlens, silu)
     (b, length, width), w = x.shape, weight.shape[1]
-    x, weight, bias, initial_state = map(_rows, (x, weight.flatten(), bias, initial_state))
+    x, weight, bias, initial_state = map(rows_of, (x, weight.flatten(), bias, initial_state))
     block, rows, n_warps = _tile(b, length, width, x.element_size())
     n_blocks, n_chunks = triton.cdiv(width, block), max(1, triton.cdiv(length, rows))
     options = {
@@ -245,11 +184,6 @@ def _tile(b: int, length: int, width: int, item: int) -> tuple[int, int, int]:
     return block, rows, n_warps
 
 
-def _rows(t: Tensor | None) -> Tensor | None:
-    """The tensor itself where its last dimension is contiguous."""
-    return t if t is None or t.stride(-1) == 1 else t.contiguous()
-
-
 @_causal_conv1d.register_fake
 def _allocate(
     x: Tensor,
@@ -263,41 +197,23 @@ def _allocate(
     return x.new_empty(x.shape), x.new_empty(rows, weight.shape[1] - 1, x.shape[2])
 
 
-@torch.library.custom_op("hybridzoo::causal_conv1d_triton_backward", mutates_args=())
-def _backward(
-    dy: Tensor,
-    dfinal_state: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    silu: bool,
-) -> list[Tensor]:
-    def again(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None) -> Any:
-        return reference.run(
-            x, weight, bias, activation="silu" if silu else None, initial_state=state,
-            cu_seqlens=cu_seqlens,
-        )  # fmt: skip
+class _Differentiable(torch.autograd.Function):
+    """Joins the two ops, in a third of the host time of a formula that torch generates."""
 
-    return recomputed_gradients(again, (x, weight, bias, initial_state), (dy, dfinal_state))
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
+        *tensors, ctx.silu = given
+        ctx.save_for_backward(*tensors)
+        # in training nobody uses the final state
+        ctx.set_materialize_grads(False)
+        return _causal_conv1d(*given)
 
-
-@_backward.register_fake
-def _(dy: Tensor, dfinal_state: Tensor, *inputs: Any) -> list[Tensor]:
-    return [dy.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs[:4]]
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.silu = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate(ctx: Any, dy: Tensor, dfinal_state: Tensor) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors
-    grads = _backward(dy, dfinal_state, *tensors, ctx.silu)
-    present = (None if t is None else g for t, g in zip(tensors[:4], grads, strict=True))
-    return *present, None, None
-
-
-_causal_conv1d.register_autograd(_differentiate, setup_context=_setup_context)
+    @staticmethod
+    def backward(
+        ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        dy = torch.zeros_like(tensors[0]) if dy is None else dy
+        grads = causal_conv1d_backward(dy, dfinal_state, *tensors, ctx.silu)
+        present = (None if t is None else g for t, g in zip(tensors[:4], grads, strict=True))
+        return *present, None, None

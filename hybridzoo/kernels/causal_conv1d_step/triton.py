@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hybridzoo.kernels.causal_conv1d.triton import append, load_taps, to_fp32, weigh
+from hybridzoo.kernels.causal_conv1d.taps import append, load_taps, to_fp32, weigh
 from hybridzoo.kernels.jit import available, jit, tl, triton
 
 __all__ = ["available", "run", "why_not"]
