@@ -92,6 +92,7 @@ def test_kernels_are_checked_and_timed_beside_their_peers(tmp_path, peers):
     rows = report["rows"]
     assert {(row["op"], row["peer"]) for row in rows} == {
         ("scan", "mamba_ssm"),
+        ("scan fwd+bwd", "mamba_ssm"),
         ("conv", "causal_conv1d (b,d,l)"),
         ("conv", "causal_conv1d channel-last"),
         ("conv fwd+bwd", "causal_conv1d (b,d,l)"),

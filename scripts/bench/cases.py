@@ -104,16 +104,16 @@ def scan(shape: tuple[int, ...], device: torch.device) -> Case:
     few = {k: t[..., at] if k in ("x", "dt", "z") else t for k, t in sets[0].items()}
     few_weights = {k: t[at] for k, t in weights.items()}
     with use(selective_scan="reference"):
-        y, state = _scan(double(few_weights), double(few))()
+        y, state = scan_call(double(few_weights), double(few))()
     checked = lambda o: {"y": o[0][..., at], "state": o[1][:, at]}  # noqa: E731
-    ours = Peer("ours", [_scan(weights, s) for s in sets], checked)
+    ours = Peer("ours", [scan_call(weights, s) for s in sets], checked)
     peer, truth = _scan_peer(weights, sets, at), {"y": y, "state": state}
-    backend = _scan(weights, sets[0], selective_scan.op.pick)()
+    backend = scan_call(weights, sets[0], selective_scan.op.pick)()
     n_exp = (n + 3) * b * l * i
     return Case("scan", text(shape), backend, ours, [peer], truth, n_bytes, n_exp)
 
 
-def _scan(
+def scan_call(
     weights: dict[str, Tensor], s: dict[str, Tensor], function: Callable = selective_scan
 ) -> Call:
     args = (s["x"], s["dt"], weights["A"], s["B"][:, :, None], s["C"][:, :, None])

@@ -4,13 +4,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from cases import HALF, Case, Peer, n_sets, normal, picks, text
+from cases import HALF, Case, Peer, n_sets, normal, picks, scan_call, scan_weights, text
 from measure import Call, import_peer
 from torch import Tensor
 
 from hybridzoo.kernels.causal_conv1d import causal_conv1d
 from hybridzoo.kernels.dispatch import use
 from hybridzoo.kernels.rms_norm import rms_norm
+from hybridzoo.kernels.selective_scan import selective_scan
 
 
 def both_ways(
@@ -25,6 +26,74 @@ def both_ways(
             return (*outputs, *torch.autograd.grad(outputs, leaves, dys))
 
     return call
+
+
+# of float64's gradients of B and C all channels are a part, which larger shapes leave out
+MAX_CHECKED = 2**26
+
+
+def scan_gradients(shape: tuple[int, ...], device: torch.device) -> Case:
+    """selective_scan with z, D, dt_bias and softplus: y, and the gradients of all it takes.
+
+    Reads x, dt, z and writes y; reads these and dy and writes three gradients.
+    """
+    b, i, l, n = shape
+    n_bytes = 2 * (11 * b * l * i + 6 * b * l * n)
+    weights, sets = scan_weights(i, n, device), []
+    for _ in range(n_sets(n_bytes, device)):
+        x, dt, z, dy = (normal(b, l, i, device=device) for _ in range(4))
+        B, C = (normal(b, l, n, device=device) for _ in range(2))
+        sets.append({"x": x, "dt": dt / 2, "z": z, "B": B, "C": C, "dy": dy})
+    is_whole = b * l * i <= MAX_CHECKED
+    at = torch.arange(i, device=device) if is_whole else picks(i, device)
+
+    def ours(*given: Tensor) -> tuple[Tensor]:
+        x, dt, z, B, C, A, D, dt_bias = given
+        options = {"D": D, "z": z, "dt_bias": dt_bias, "dt_softplus": True}
+        return (selective_scan(x, dt, A, B[:, :, None], C[:, :, None], **options)[0],)
+
+    def outputs(found: tuple[Tensor, ...], at: Tensor = at) -> dict[str, Tensor]:
+        named = dict(zip(("y", *_SCANNED), found, strict=True))
+        maps = {name: named.pop(name) for name in ("B", "C")}
+        rows = {name: named.pop(name)[at] for name in ("A", "D", "dt_bias")}
+        found_there = {name: t[..., at] for name, t in named.items()} | rows
+        return found_there | (maps if is_whole else {})
+
+    few = {k: t[..., at].double() if k not in "BC" else t.double() for k, t in sets[0].items()}
+    few |= {k: t[at].double() for k, t in weights.items()}
+    with use(selective_scan="reference"):
+        truth = both_ways(ours, [few[k] for k in _SCANNED], (few["dy"],))()
+    backend = scan_call(weights, sets[0], selective_scan.op.pick)()
+    calls = [both_ways(ours, [(s | weights)[k] for k in _SCANNED], (s["dy"],)) for s in sets]
+    n_exp = (2 * n + 7) * b * l * i
+    return Case(
+        "scan fwd+bwd", text(shape), backend, Peer("ours", calls, outputs),
+        [_scan_peer(sets, weights, outputs)],
+        outputs(truth, torch.arange(len(at), device=device)), n_bytes, n_exp,
+    )  # fmt: skip
+
+
+# what selective_scan is differentiated by
+_SCANNED = ("x", "dt", "z", "B", "C", "A", "D", "dt_bias")
+
+
+def _scan_peer(
+    sets: list[dict[str, Tensor]], weights: dict[str, Tensor], outputs: Callable
+) -> Peer:
+    peer, why = import_peer("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn")
+    if peer is None:
+        return Peer("mamba_ssm", missing=why)
+
+    def theirs(*given: Tensor) -> tuple[Tensor]:
+        x, dt, z, B, C, A, D, dt_bias = given
+        return (peer(x, dt, A, B, C, D, z=z, delta_bias=dt_bias, delta_softplus=True),)
+
+    calls = []
+    for s in sets:
+        laid = {k: t.mT.contiguous() for k, t in s.items()}
+        calls.append(both_ways(theirs, [(laid | weights)[k] for k in _SCANNED], (laid["dy"],)))
+    # y, and the gradients of the first five, lie along l
+    return Peer("mamba_ssm", calls, lambda o: outputs((*(t.mT for t in o[:6]), *o[6:])))
 
 
 def conv_gradients(shape: tuple[int, ...], device: torch.device) -> Case:

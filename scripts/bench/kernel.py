@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from cases import Case, Make, Peer, conv, n_sets, norm, scan, text
-from gradients import conv_gradients, norm_gradients
+from gradients import conv_gradients, norm_gradients, scan_gradients
 from measure import (
     Clock,
     Times,
@@ -42,11 +42,11 @@ SCANS = [
     (4, 2048, 1000, 16), (8, 4096, 100, 16), (2, 256, 2048, 16), (4, 2048, 2048, 64),
 ]  # fmt: skip
 # part: its ops with their shapes. scan: b, i, l, n; conv: b, l, i; step: b, i, n; conv_step: b, i;
-# norm: rows, d, bits of the residual; both of these once forward, and once forward and backward
+# norm: rows, d, bits of the residual; but for the steps once forward, once forward and backward
 CONVS = [(8, 2048, 4096), (1, 65536, 4096), (4, 1000, 2048), (8, 100, 4096)]
 NORMS = [(16384, 4096, 32), (16384, 4096, 16), (8, 2048, 32), (8, 2048, 16)]
 PARTS: dict[str, list[tuple[Make, list[tuple[int, ...]]]]] = {
-    "scan": [(scan, SCANS)],
+    "scan": [(scan, SCANS), (scan_gradients, SCANS)],
     "conv": [(conv, CONVS), (conv_gradients, CONVS)],
     "step": [
         (step, [(1, 8192, 16), (64, 8192, 16), (256, 8192, 16)]),
@@ -55,7 +55,7 @@ PARTS: dict[str, list[tuple[Make, list[tuple[int, ...]]]]] = {
     "norm": [(norm, NORMS), (norm_gradients, NORMS)],
 }
 TINY: dict[str, list[tuple[Make, list[tuple[int, ...]]]]] = {
-    "scan": [(scan, [(2, 6, 37, 5)])],
+    "scan": [(make, [(2, 6, 37, 5)]) for make in (scan, scan_gradients)],
     "conv": [(conv, [(2, 37, 6)]), (conv_gradients, [(2, 37, 6)])],
     "step": [(step, [(3, 6, 5)]), (conv_step, [(3, 6)])],
     "norm": [(make, [(5, 24, 32), (5, 24, 16)]) for make in (norm, norm_gradients)],

@@ -122,7 +122,7 @@ class Plan(NamedTuple):
 def launch(
     given: Arguments[Tensor],
     dy: Tensor,
-    dfinal_state: Tensor,
+    dfinal_state: Tensor | None,
     checkpoints: Tensor,
     mapping: Mapping,
 ) -> list[Tensor]:
@@ -131,7 +131,7 @@ def launch(
     Args:
         given: the op's arguments.
         dy: gradient of y, (b, l, i), y.dtype.
-        dfinal_state: gradient of final_state, like it, fp32.
+        dfinal_state: gradient of final_state, like it, fp32; None is zero.
         checkpoints: of the forward, a state before every `mapping.tokens`.
         mapping: how the work is spread.
 
@@ -144,7 +144,7 @@ def launch(
     dtypes = [None if t is None else t.dtype for t in given[:9]]
     given = laid_out(given)
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-    dfinal_state = dfinal_state.contiguous()
+    dfinal_state = None if dfinal_state is None else dfinal_state.contiguous()
     tensors, options = given[: len(TENSORS)], given[len(TENSORS) :]
     x, A, B = given.x, given.A, given.B
     if given.cu_seqlens is not None and mapping.vector(A.shape[1]) > 1:
@@ -159,8 +159,7 @@ def launch(
     dB, dC = A.new_empty(2, plan.n_parts, *B.shape)
     dA = A.new_empty(b * s, i, n)
     dD, ddt_bias = A.new_empty(2, b * s, i)
-    # what of a pack has no tokens hands on what it is given
-    dinitial = dfinal_state.clone() if given.cu_seqlens is not None else A.new_empty(b, i, n)
+    dinitial = _handed_through(given, dfinal_state)
     carries = dt_sums = None
     if s > 1:
         carries, dt_sums = A.new_empty(b, s - 1, i, n), A.new_empty(b, s - 1, i)
@@ -170,23 +169,27 @@ def launch(
     )  # fmt: skip
     for kernel, grid, shared in plan.kernels:
         kernel(grid, LANES * mapping.warps, shared, *arguments)
-    found = (
-        dx, ddt, dA.sum(0), dB.sum(0), dC.sum(0), dD.sum(0), dz, ddt_bias.sum(0), dinitial,
-    )  # fmt: skip
+    sums = (t.sum(0) for t in (dA, dB, dC, dD))
+    found = (dx, ddt, *sums, dz, ddt_bias.sum(0), dinitial)
     return [x.new_empty(0) if d is None else t.to(d) for t, d in zip(found, dtypes, strict=True)]
 
 
+def _handed_through(given: Arguments[Tensor], dfinal_state: Tensor | None) -> Tensor | None:
+    """The initial state's gradient where there is no token between it and the final state."""
+    if given.initial_state is None:
+        return None
+    return torch.zeros_like(given.initial_state) if dfinal_state is None else dfinal_state.clone()
+
+
 def _without_tokens(
-    given: Arguments[Tensor], dfinal_state: Tensor, dtypes: list[torch.dtype | None]
+    given: Arguments[Tensor], dfinal_state: Tensor | None, dtypes: list[torch.dtype | None]
 ) -> list[Tensor]:
-    """All zeros but the initial state's, which is handed through."""
-    found = [
-        dfinal_state.new_empty(0) if t is None else torch.zeros_like(t, dtype=d)
-        for t, d in zip(given[:9], dtypes, strict=True)
+    """All zeros but the initial state's."""
+    *zeros, _ = (given.x.new_zeros(0) if t is None else torch.zeros_like(t) for t in given[:9])
+    found = (*zeros, _handed_through(given, dfinal_state))
+    return [
+        given.x.new_empty(0) if d is None else t.to(d) for t, d in zip(found, dtypes, strict=True)
     ]
-    if given.initial_state is not None:
-        found[8].copy_(dfinal_state)
-    return found
 
 
 @functools.lru_cache(1024)
