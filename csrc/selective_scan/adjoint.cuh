@@ -23,15 +23,24 @@ constexpr int STATE_BITS = log2_of(LANES), CHANNEL_BITS = 5 - STATE_BITS;
 constexpr int KEPT_CHANNELS = CPT > LANES ? CPT / LANES : 1;
 constexpr int KEPT_STATES = SPT > 32 / LANES ? SPT * LANES / 32 : 1;
 constexpr int ORDERS = SPT / KEPT_STATES, ORDER_BITS = log2_of(ORDERS);
-static_assert(32 % LANES == 0 && CH % VEC == 0 && VEC >= 1 && T % SUB == 0 && T <= 32, "mapping");
+static_assert(32 % LANES == 0 && CH % VEC == 0 && VEC >= 1 && T % SUB == 0 && SUB % 2 == 0 &&
+                  T <= 32,
+              "mapping");
 static_assert(N_PAD % MAPS == 0 && SPT % 4 == 0 && (CPT & (CPT - 1)) == 0, "mapping");
 
+// Where channel c of token t lies. Neighbouring lanes have a channel of the same number of their
+// VEC, of one token or two, or neighbouring channels of one token: neither meet in a bank.
+constexpr int EVERY = 2 * ROW_LANES + 1, PAIR = VEC * EVERY;  // channel of those; pair of tokens
+__host__ __device__ constexpr int place_of(int t, int c) {
+    return t / 2 * PAIR + c % VEC * EVERY + t % 2 * ROW_LANES + c / VEC;
+}
+
 struct Shared {
-    float4 row[WARPS][T][CH];  // of an element: dt, dt x, g, slope of the step
+    float4 element[WARPS][T / 2 * PAIR];  // dt, dt x, g, slope of the step
     alignas(16) float B[T][ORDERS][N_PAD], C[T][ORDERS][N_PAD];
 #if !CARRIES
     float4 before[SUBS][CPT * SPT / 4][THREADS];  // each walk's first state
-    float4 sum[WARPS][SUB][CH];                   // over states: of C h, of B dh, of A w
+    float4 sum[WARPS][SUB / 2 * PAIR];            // over states: of C h, of B dh, of A w
     float dB[WARPS][T][N_PAD], dC[WARPS][T][N_PAD];
     // a thread's sums over time, and what rounding lost of them
     float dA[CPT * SPT][THREADS], dA_lost[CPT * SPT][THREADS];
@@ -187,8 +196,9 @@ struct Elementwise {
         }
     }
 
-    // of what lies there, the rows that walks read
-    __device__ __forceinline__ void prepare(float4* rows, const float* dt_bias, bool exists) const {
+    // of what lies there, what walks read of it
+    __device__ __forceinline__ void prepare(float4* elements, const float* dt_bias,
+                                            bool exists) const {
 #pragma unroll
         for (int k = 0; k < VEC; ++k) {
             float step = unpack(dt.value, k) + dt_bias[column + k], slope = 1.0f;
@@ -210,22 +220,25 @@ struct Elementwise {
             g *= gate * reciprocal(1.0f + exp_approx(-gate));
 #endif
             // behind the last token nothing decays, and nothing is added
-            rows[column + k] = exists ? make_float4(step, step * unpack(x.value, k), g, slope)
-                                      : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            elements[place_of(token, column + k)] =
+                exists ? make_float4(step, step * unpack(x.value, k), g, slope)
+                       : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         }
     }
 
 #if !CARRIES
-    // the gradients of x, dt and z from a token's sums over states
-    __device__ __forceinline__ void finish(const float4* rows, const float4* sums, const float* D,
-                                           float (&dx)[VEC], float (&ddt)[VEC], float (&dz)[VEC]) {
+    // the gradients of x, dt and z from that and from sums over states
+    __device__ __forceinline__ void finish(const float4* elements, const float4* sums,
+                                           const float* D, float (&dx)[VEC], float (&ddt)[VEC],
+                                           float (&dz)[VEC]) {
 #pragma unroll
         for (int k = 0; k < VEC; ++k) {
-            const float4 row = rows[column + k], sum = sums[column + k];
+            const int place = place_of(token, column + k);
+            const float4 now = elements[place], sum = sums[place];
             const float value = unpack(x.value, k), skip = D[column + k];
-            dx[k] = fmaf(row.x, sum.y, skip * row.z);
-            ddt[k] = fmaf(value, sum.y, LN2 * sum.z) * row.w;
-            dD[k] = fmaf(row.z, value, dD[k]);
+            dx[k] = fmaf(now.x, sum.y, skip * now.z);
+            ddt[k] = fmaf(value, sum.y, LN2 * sum.z) * now.w;
+            dD[k] = fmaf(now.z, value, dD[k]);
             ddt_bias[k] += ddt[k];
 #if GATED
             const float gate = unpack(z.value, k), share = reciprocal(1.0f + exp_approx(-gate));

@@ -115,6 +115,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     own.n_channels = int(max(min(group_end - channel, i64(CPT)), i64(0)));
     own.n_states = int(max(min(d_state - first_state, i64(SPT)), i64(0)));
     own.first = channel * d_state + first_state, own.d_state = int(d_state);
+    int place[CPT];  // of its channels, among elements of token 0
+#pragma unroll
+    for (int k = 0; k < CPT; ++k) {
+        place[k] = place_of(0, column + (k ^ own.channel_order));
+        // without this the compiler works it out anew at each use
+        asm("" : "+r"(place[k]));
+    }
     float log_decay[CPT][SPT];  // for a step of one, of base 2
     own.load(log_decay, A);
     own.each([&](int k, int n, i64, bool) { log_decay[k][n] *= LOG2E; });
@@ -196,7 +203,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #endif
     __syncthreads();
 
-    float4(&rows)[T][CH] = shared.row[warp];
+    float4* const elements = shared.element[warp];
     for (int at = last_tile; at >= 0; at -= T) {
         // ---- the tile's elements, B and C
         float h[CPT][SPT];
@@ -221,7 +228,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         for (int sub = 0; sub < SUBS; ++sub) {
             const bool exists = at + sub * SUB + elementwise.token < count;
             elementwise.load(exists ? io_valid : 0);
-            elementwise.prepare(rows[sub * SUB + elementwise.token], &shared.dt_bias[warp * CH],
+            elementwise.prepare(elements + place_of(sub * SUB, 0), &shared.dt_bias[warp * CH],
                                 exists);
             elementwise.move(1);
         }
@@ -236,16 +243,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         auto read_map = [&](float (&to)[SPT], const float (&map)[T][ORDERS][N_PAD], int t) {
             read_fours(to, &map[t][own.state_order / KEPT_STATES][first_state]);
         };
+        auto element = [&](int first, int t, int k) {
+            return (elements + place[k] + place_of(first, 0))[place_of(t, 0)];
+        };
 #if CARRIES
 #pragma unroll 1
-        for (int sub = SUBS - 1; sub >= 0; --sub)
+        for (int first = T - SUB; first >= 0; first -= SUB)
 #pragma unroll
-            for (int t = (sub + 1) * SUB - 1, j = 0; j < SUB; --t, ++j) {
+            for (int t = SUB - 1; t >= 0; --t) {
                 float C_now[SPT];
-                read_map(C_now, shared.C, t);
+                read_map(C_now, shared.C, first + t);
 #pragma unroll
                 for (int k = 0; k < CPT; ++k) {
-                    const float4 now = rows[t][column + (k ^ own.channel_order)];
+                    const float4 now = element(first, t, k);
                     dt_sum[k] += now.x;
 #pragma unroll
                     for (int n = 0; n < SPT; ++n)
@@ -253,19 +263,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                                       fmaf(C_now[n], now.z, carry[k][n]);
                 }
 #if PACKED
-                if (__builtin_expect(starts >> t & 1, 0)) leave_sequence();
+                if (__builtin_expect(starts >> (first + t) & 1, 0)) leave_sequence();
 #endif
             }
 #else
         // ---- the states: token t from the one before it
         float decay[SUB][CPT][SPT], state[SUB + 1][CPT][SPT];
-        auto walk = [&](int t, float (&decay)[CPT][SPT], const float (&from)[CPT][SPT],
+        auto walk = [&](int first, int t, float (&decay)[CPT][SPT], const float (&from)[CPT][SPT],
                         float (&to)[CPT][SPT]) {
             float B_now[SPT];
-            read_map(B_now, shared.B, t);
+            read_map(B_now, shared.B, first + t);
 #pragma unroll
             for (int k = 0; k < CPT; ++k) {
-                const float4 now = rows[t][column + (k ^ own.channel_order)];
+                const float4 now = element(first, t, k);
 #pragma unroll
                 for (int n = 0; n < SPT; ++n) {
                     decay[k][n] = exp2_factor(now.x, log_decay[k][n]);
@@ -273,7 +283,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 }
             }
         };
-        auto start_of = [&](int t, float (&from)[CPT][SPT]) {
+        auto begin_sequence = [&](int t, float (&from)[CPT][SPT]) {
 #if PACKED
             if (__builtin_expect(starts >> t & 1, 0))
                 own.load(from, row_of(initial_state, sequence_of(start + at + t) * states));
@@ -290,8 +300,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             if (sub == SUBS - 1) break;
 #pragma unroll
             for (int t = 0; t < SUB; ++t) {
-                start_of(sub * SUB + t, h);
-                walk(sub * SUB + t, decay[0], h, h);
+                begin_sequence(sub * SUB + t, h);
+                walk(sub * SUB, t, decay[0], h, h);
             }
         }
 
@@ -300,7 +310,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         for (int k = 0; k < VEC; ++k) elementwise.dD[k] = elementwise.ddt_bias[k] = 0.0f;
 #pragma unroll 1
         for (int sub = SUBS - 1; sub >= 0; --sub) {
-            const int valid = at + sub * SUB + elementwise.token < count ? io_valid : 0;
+            const int first = sub * SUB;
+            const int valid = at + first + elementwise.token < count ? io_valid : 0;
             elementwise.move(-1);
             elementwise.load_again(valid);
 #pragma unroll
@@ -313,21 +324,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 }
 #pragma unroll
             for (int t = 0; t < SUB; ++t) {
-                start_of(sub * SUB + t, state[t]);
-                walk(sub * SUB + t, decay[t], state[t], state[t + 1]);
+                begin_sequence(first + t, state[t]);
+                walk(first, t, decay[t], state[t], state[t + 1]);
             }
 
             // ---- and back
 #pragma unroll
             for (int t = SUB - 1; t >= 0; --t) {
-                const int token = sub * SUB + t;
+                const int token = first + t;
                 float B_now[SPT], C_now[SPT];
                 read_map(B_now, shared.B, token);
                 read_map(C_now, shared.C, token);
                 float dB_now[SPT], dC_now[SPT], sum_y[CPT], sum_h[CPT], sum_A[CPT];
 #pragma unroll
                 for (int k = 0; k < CPT; ++k) {
-                    const float4 now = rows[token][column + (k ^ own.channel_order)];
+                    const float4 now = element(first, t, k);
                     float y = 0.0f, u = 0.0f, decays = 0.0f;
 #pragma unroll
                     for (int n = 0; n < SPT; ++n) {
@@ -349,7 +360,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     leave_sequence();
                     // the state that the one before it ended with, in whose place stood this one's
                     // first
-                    if (t > 0) walk(token - 1, decay[t - 1], state[t - 1], state[t]);
+                    if (t > 0) walk(first, t - 1, decay[t - 1], state[t - 1], state[t]);
                 }
 #endif
                 sum_over_lanes<STATE_BITS, CHANNEL_BITS>(dB_now);
@@ -367,15 +378,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 if (lane % LANES * KEPT_CHANNELS < CPT)
 #pragma unroll
                     for (int k = 0; k < KEPT_CHANNELS; ++k)
-                        shared.sum[warp][t][column + (k ^ own.channel_order)] =
+                        (shared.sum[warp] + place[k])[place_of(t, 0)] =
                             make_float4(sum_y[k], sum_h[k], sum_A[k], 0.0f);
             }
             __syncwarp();
             out -= SUB * n_channels;
             float into_x[VEC], into_dt[VEC], into_z[VEC];
-            elementwise.finish(rows[sub * SUB + elementwise.token],
-                               shared.sum[warp][elementwise.token], &shared.D[warp * CH], into_x,
-                               into_dt, into_z);
+            elementwise.finish(elements + place_of(first, 0), shared.sum[warp],
+                               &shared.D[warp * CH], into_x, into_dt, into_z);
             store_packed<VEC>(dx + out, pack<VEC>(into_x), valid);
             store_packed<VEC>(ddt + out, pack<VEC>(into_dt), valid);
 #if GATED

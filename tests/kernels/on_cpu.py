@@ -26,6 +26,7 @@ PTX = {
     "cvt.rn.f16x2": "abort();",
     "cvt.f32.f16": "abort();",
     "prefetch": ";",
+    '"+r"': ";",
 }
 _OPERAND = re.compile(r'"[=+]?[a-z]"\s*\(((?:[^()]|\([^()]*\))*)\)')
 

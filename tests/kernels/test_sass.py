@@ -40,14 +40,12 @@ class Bound(NamedTuple):
         slots: at most, instructions of the core for each special function in it.
         load_bits: at least, of the widest load from memory.
         n_special: exactly, of the core, so that another loop is not taken for it.
-        stack: bytes at most, of a thread; the core itself spills none.
     """
 
     registers: int
     slots: float | None = None
     load_bits: int = 128
     n_special: int | None = None
-    stack: int = 0
 
 
 class Case(NamedTuple):
@@ -288,35 +286,34 @@ CASES = [
     # The backward, whose core holds a walk of 8 tokens over 8 states: 64 decays on the way and, of
     # four elements, the gate's exponential and reciprocal. It keeps them in as many registers as
     # there are.
-    Case("bwd", lambda: run_bwd(8, 2048, 4096, 16), {BWD: Bound(255, 18.7, 64, 72)}),
-    Case("bwd-fp32", lambda: run_bwd(8, 2048, 4096, 16, FP32), {BWD: Bound(255, 18.5, 128, 72)}),
-    Case("bwd-fp16", lambda: run_bwd(8, 2048, 4096, 16, FP16), {BWD: Bound(255, 18.7, 64, 72)}),
+    Case("bwd", lambda: run_bwd(8, 2048, 4096, 16), {BWD: Bound(255, 19.1, 64, 72)}),
+    Case("bwd-fp32", lambda: run_bwd(8, 2048, 4096, 16, FP32), {BWD: Bound(255, 18.9, 128, 72)}),
+    Case("bwd-fp16", lambda: run_bwd(8, 2048, 4096, 16, FP16), {BWD: Bound(255, 19.1, 64, 72)}),
     Case(
         "bwd-segments",
         lambda: run_bwd(1, 2048, 1536, 16),
-        {BWD: Bound(255, 18.7, 64, 72), CARRIES: Bound(150, 11.9, 64, 64)},
+        {BWD: Bound(255, 19.1, 64, 72), CARRIES: Bound(154, 12.7, 64, 64)},
     ),
     # a pack's walk is of 4 tokens; its core is the walk to them, with the ways into a sequence
     Case(
         "bwd-packed",
         lambda: run_bwd(1, 4096, 16384, 16, is_packed=True),
-        {BWD: Bound(226, 18.6, 32, 64)},
+        {BWD: Bound(232, 18.7, 32, 64)},
     ),
     Case(
         "bwd-segments-packed",
         lambda: run_bwd(1, 2048, 1536, 16, is_packed=True),
-        {BWD: Bound(226, 18.6, 32, 64), CARRIES: Bound(128, 14.1, 32, 64)},
+        {BWD: Bound(232, 18.7, 32, 64), CARRIES: Bound(128, 14.3, 32, 64)},
     ),
-    Case("bwd-n8", lambda: run_bwd(8, 2048, 4096, 8), {BWD: Bound(216, 14.8, 64, 128)}),
+    Case("bwd-n8", lambda: run_bwd(8, 2048, 4096, 8), {BWD: Bound(224, 15.1, 64, 128)}),
     # nothing is aligned: element by element
-    Case("bwd-n5", lambda: run_bwd(2, 37, 255, 5), {BWD: Bound(222, 18.8, 32, 128)}),
-    Case("bwd-n32", lambda: run_bwd(4, 2048, 4096, 32), {BWD: Bound(255, 19.3, 64, 68)}),
-    Case("bwd-n64", lambda: run_bwd(4, 2048, 2048, 64), {BWD: Bound(255, 19.7, 64, 66)}),
-    # which spills, but not within a tile
+    Case("bwd-n5", lambda: run_bwd(2, 37, 255, 5), {BWD: Bound(232, 19.1, 32, 128)}),
+    Case("bwd-n32", lambda: run_bwd(4, 2048, 4096, 32), {BWD: Bound(255, 19.4, 64, 68)}),
+    Case("bwd-n64", lambda: run_bwd(4, 2048, 2048, 64), {BWD: Bound(255, 19.8, 64, 66)}),
     Case(
         "bwd-n64-packed",
         lambda: run_bwd(1, 8192, 8192, 64, is_packed=True),
-        {BWD: Bound(255, 24.9, 64, 122, stack=32)},
+        {BWD: Bound(255, 25.0, 64, 122)},
     ),
 ]
 
@@ -342,7 +339,7 @@ def test_kernels_fit(case, arch, monkeypatch, tmp_path):
     for name, cubin in cubins.items():
         (code,) = sass.read(cubin, tmp_path).values()
         bound = case.bounds[name]
-        assert code.n_spills == 0 and code.stack <= bound.stack, code
+        assert (code.n_spills, code.stack) == (0, 0), code
         assert code.registers <= bound.registers, code
         assert code.load_bits >= bound.load_bits, code
         assert bound.n_special in (None, code.n_special), code

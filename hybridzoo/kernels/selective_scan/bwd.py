@@ -234,11 +234,13 @@ def _plan(
 
 def _shared_bytes(mapping: Mapping, n: int) -> int:
     """Size of `Shared` in adjoint.cuh, or somewhat more; selective_scan_carries needs less."""
-    padded, width = _lanes(n) * STATES, _width(n)
-    orders = min(STATES, LANES // _lanes(n))
-    tile, own = mapping.warps * mapping.tokens, LANES * mapping.warps * STATES * CHANNELS
-    rows, maps = 4 * tile * width, 2 * mapping.tokens * orders * padded
-    before, sums = mapping.tokens // mapping.sub * own, 4 * mapping.warps * mapping.sub * width
-    over_time = 2 * own + 4 * mapping.vector(n) * LANES * mapping.warps
-    channels = 2 * mapping.warps * width
-    return 4 * (rows + maps + before + sums + 2 * tile * padded + over_time + channels)
+    lanes, width, vector = _lanes(n), _width(n), mapping.vector(n)
+    padded, threads = lanes * STATES, LANES * mapping.warps
+    # of two tokens, with what keeps lanes out of each other's banks
+    pair = vector * (2 * (width // vector) + 1)
+    elements, sums = (4 * mapping.warps * t // 2 * pair for t in (mapping.tokens, mapping.sub))
+    maps = 2 * mapping.tokens * min(STATES, LANES // lanes) * padded
+    own = threads * STATES * CHANNELS
+    before, dmaps = mapping.tokens // mapping.sub * own, 2 * mapping.warps * mapping.tokens * padded
+    over_time, channels = 2 * own + 4 * vector * threads, 2 * mapping.warps * width
+    return 4 * (elements + sums + maps + before + dmaps + over_time + channels)
