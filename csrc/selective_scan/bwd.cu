@@ -143,14 +143,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const i64 behind = start + count;
 #if PACKED
     int sequence = sequence_of(behind - 1);
-    const bool is_end = behind == length || sequence_of(behind) != sequence;
 #else
     const int sequence = int(row);
-    const bool is_end = behind == length;
 #endif
     [[maybe_unused]] bool has_begun = false;  // a sequence, within this segment
     float carry[CPT][SPT];                    // a[t + 1] dh[t + 1]
-    own.load(carry, is_end ? row_of(dfinal_state, sequence * states) : nullptr);
+    own.load(carry, behind == length ? row_of(dfinal_state, sequence * states) : nullptr);
     // at a sequence's first token, behind which the carry is its initial state's gradient
 #if PACKED
     auto leave_sequence = [&] {
@@ -169,7 +167,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     float dt_sum[CPT] = {};
 #else
     // ---- what the segments behind this one hand on
-    if (!is_end)
+    if (behind < length)
         for (i64 s = n_segments - 1; s > segment; --s) {
             const i64 at = row * (n_segments - 1) + s - 1;
             float found[CPT][SPT];

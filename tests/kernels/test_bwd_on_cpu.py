@@ -111,6 +111,14 @@ def test_packed_is_separate(kernels, n_segments, has_state):
     assert_near(gradients(given, Mapping(1, 32, 4, n_segments)), truth(given))
 
 
+@pytest.mark.parametrize("lengths", [[96], [40, 56], [70, 26], [40, 24, 32], [40, 30, 26]], ids=str)
+def test_segments_hand_on_what_is_of_their_sequence(kernels, lengths):
+    """Of 32 tokens, with steps so small that it is not forgotten on the way."""
+    given = made(1, 96, 8, 16, rows=len(lengths), cu_seqlens=pack(lengths))
+    given = given._replace(dt=given.dt - 6)
+    assert_near(gradients(given, Mapping(1, 32, 4, 3)), truth(given))
+
+
 def test_pack_of_nothing(kernels):
     given = made(1, 0, 8, 16, initial_state=None, cu_seqlens=torch.zeros(1, dtype=torch.int32))
     assert_near(gradients(given, Mapping(1, 32, 4)), truth(given))
@@ -137,12 +145,35 @@ def test_extreme_steps_are_those_of_the_reference(kernels, dt, limits, n_segment
         torch.testing.assert_close(got[name], grad, rtol=1e-4, atol=2e-4, equal_nan=True, msg=name)
 
 
+def test_long_sums_lose_nothing(kernels):
+    """One in each of eight tiles, behind 2**24, to which adding one changes nothing in fp32."""
+    given = made(1, 9 * 32, 8, 16, z=None)
+    dy = torch.zeros_like(given.x)
+    dy[:, ::32] = 1 / given.x[:, ::32]
+    # of the tile that is walked first, and the same lane's
+    dy[:, 8 * 32] *= 2**24
+    _, _, checkpoints = fwd.launch(given, FWD, 32)
+    dD = bwd.launch(given, dy, None, checkpoints, Mapping(1, 32, 8))[5]
+    # the products are off by half a unit, which is one
+    assert (dD.double() - 2**24 - 8).abs().max() <= 3
+
+
 def test_what_is_not_a_number_stays_in_its_sequence(kernels):
-    given = made(1, 96, 8, 16, rows=2, cu_seqlens=pack([70, 26]))
-    given.x[:, 48] = nan
+    """Of three in segments of 32, the second is not a number in the last of them."""
+    given = made(1, 96, 8, 16, rows=3, cu_seqlens=pack([40, 30, 26]))
+    given.x[:, 66] = nan
     got = gradients(given, Mapping(1, 32, 4, 3))
-    assert got["dt"][:, 48].isnan().all() and not got["dt"][:, 70:].isnan().any()
-    assert not got["initial_state"][1].isnan().any()
+    assert got["dt"][:, 66].isnan().all()
+    assert not got["dt"][:, :40].isnan().any() and not got["dt"][:, 70:].isnan().any()
+    # and what the gradient is not
+    given = given._replace(x=given.x.nan_to_num(), z=None)
+    dy, dfinal_state = cotangents(given)
+    dy[:, 66] = nan
+    _, _, checkpoints = fwd.launch(given, FWD, 32)
+    dx, *_, dinitial_state = bwd.launch(given, dy, dfinal_state, checkpoints, Mapping(1, 32, 4, 3))
+    assert dx[:, 40:67].isnan().all()
+    assert not dx[:, :40].isnan().any() and not dx[:, 67:].isnan().any()
+    assert dinitial_state.isnan().all((1, 2)).tolist() == [False, True, False]
 
 
 @pytest.fixture
