@@ -75,6 +75,13 @@ def check_gradients(rows, width, dtype, residual):
     check_backend(rms_norm, naive, "triton", call, dtype)
 
 
+def check_late():
+    """dh is read last, as it is of the widest rows."""
+    least, triton.LATE_BYTES = triton.LATE_BYTES, 1
+    check(FP32, FP32)
+    triton.LATE_BYTES = least
+
+
 def check_each_cotangent():
     """Of y or of h alone, and the sum of both; where x and residual differ each has its dtype."""
     for dtype, residual in itertools.product([FP32, FP16], repeat=2):
@@ -102,9 +109,10 @@ def check_each_cotangent():
 
 def check_gradient_views():
     """dy, dh and x with strides of their own, and of stride 0."""
-    wide = randn(5, 2, 7, 40, seed=0)
-    dy, h, dh = wide[1:4, 1, 2:6, 3:36:2], wide[:3, 0, :4, :17], wide[2:, 1, 1:5, 5:22]
-    weight = randn(17, seed=1)
+    dy = randn(5, 2, 7, 40, seed=0)[1:4, 1, 2:6, 3:36:2]
+    h = randn(4, 3, 17, seed=1).transpose(0, 1)
+    dh = randn(3, 9, 33, seed=2)[:, ::2, 5:22][:, :4]
+    weight = randn(17, seed=3)
     for given in ((dy, dh, h), (h, dy, dh), (dh, dy.new_ones(()).expand(3, 4, 17), dy)):
         got = triton._backward(*given, weight, EPS)
         want = triton._backward(*(t.contiguous() for t in given), weight, EPS)
@@ -165,6 +173,7 @@ def cases():
                 f"gradients {shape} {dtype} {residual}",
                 partial(check_gradients, *shape, dtype, residual),
             )
+    yield "late", check_late
     yield "each cotangent", check_each_cotangent
     yield "gradients of views", check_gradient_views
     yield "empty", check_empty

@@ -40,11 +40,11 @@ LANE_BYTES = 16
 MAX_REGISTERS = 168
 # a warp each; their sums leave the program as one
 WALKERS = 4
-# a walker takes as many rows as leave this many programs, some waves of a large GPU. Of 64 rows,
-# sums of 4 (w + 1) bytes a channel and program, written and read once, are 2.6 % of the floor, and
-# their workspace 4 % of x
+# a walker takes as many rows as leave this many programs, 2.6 times what an H200 holds. Of 128
+# rows, sums of 4 (w + 1) bytes a channel and program, written and read once, are 1.3 % of the
+# floor, the 3 (w - 1) rows that are read twice 2.3 %, and the workspace of the sums is 2 % of x
 ROWS = (128, 64, 32, 16, 8)
-MIN_PROGRAMS = 2048
+MIN_PROGRAMS = 1024
 
 
 @jit
@@ -117,12 +117,26 @@ def _add_products(sums, g, rows):
 
 
 @jit
-def _store_row(place, gs, taps, mask, PAST: tl.constexpr):
-    """Dx of the oldest row of gs, to which the PAST others belong."""
-    dx = taps[PAST] * gs[0]
-    for j in tl.static_range(1, PAST + 1):
-        dx += taps[PAST - j] * gs[j]
-    tl.store(place, dx.to(place.dtype.element_ty), mask=mask)
+def _walk(x_ptr, x_stride, dy_ptr, dy_stride, dx_ptr, width, walked, t, end, mask, past, gs, sums,
+          taps, bias, W: tl.constexpr, SILU: tl.constexpr, N: tl.constexpr):  # fmt: skip
+    """N rows on: each one's g goes into the sums and ends dx of the row PAST before it."""
+    PAST: tl.constexpr = W - 1
+    xs = _load_rows(x_ptr, x_stride, walked, t, end, mask, N)
+    dys = _load_rows(dy_ptr, dy_stride, walked, t, end, mask, N)
+    for u in tl.static_range(N):
+        x = xs[u].to(tl.float32)
+        g = _before_activation(past, x, dys[u], taps, bias, PAST, SILU)
+        past, gs = append(past, x), append(gs, g)
+        sums = append(_add_products(sums, g, past), sums[W] + g)
+        dx = taps[PAST] * gs[0]
+        for j in tl.static_range(1, W):
+            dx += taps[PAST - j] * gs[j]
+        # the first rows are the walker's before this one
+        here = mask & (walked + u >= PAST) & (t + walked + u < end + PAST)
+        place = dx_ptr + tl.cast(walked + u, tl.int64) * width
+        tl.store(place, dx.to(dx_ptr.dtype.element_ty), mask=here)
+        past, gs = past[1:], gs[1:]
+    return past, gs, sums
 
 
 @jit(do_not_specialize=["length", "n_pieces", "n_seqs", "n_steps", "rows"])
@@ -152,29 +166,16 @@ def _backward_kernel(x_ptr, dy_ptr, weight_ptr, bias_ptr, state_ptr, cu_ptr, dx_
                              mask & (t < end), PAST, HAS_STATE))  # fmt: skip
     x_ptr += t.to(tl.int64) * x_stride_l
     dy_ptr += batch * dy_stride_b + t.to(tl.int64) * dy_stride_l + channels
-    # where a step stores: PAST rows back, the first of which are of the walker before this one
+    # a step stores PAST rows back
     dx_ptr += (batch * length + t - PAST) * width + channels
-    gs = _zeros(PAST, WALKERS, BLOCK)
-    sums = _zeros(W + 1, WALKERS, BLOCK)
+    gs, sums = _zeros(PAST, WALKERS, BLOCK), _zeros(W + 1, WALKERS, BLOCK)
     for walked in range(0, n_own, UNROLL):
-        xs = _load_rows(x_ptr, x_stride_l, walked, t, end, mask, UNROLL)
-        dys = _load_rows(dy_ptr, dy_stride_l, walked, t, end, mask, UNROLL)
-        for u in tl.static_range(UNROLL):
-            x = xs[u].to(tl.float32)
-            g = _before_activation(past, x, dys[u], taps, bias, PAST, SILU)
-            past, gs = append(past, x), append(gs, g)
-            sums = append(_add_products(sums, g, past), sums[W] + g)
-            here = mask & (walked + u >= PAST) & (t + walked + u < end + PAST)
-            _store_row(dx_ptr + tl.cast(walked + u, tl.int64) * width, gs, taps, here, PAST)
-            past, gs = past[1:], gs[1:]
-    xs = _load_rows(x_ptr, x_stride_l, n_own, t, end, mask, PAST)
-    dys = _load_rows(dy_ptr, dy_stride_l, n_own, t, end, mask, PAST)
-    for u in tl.static_range(PAST):
-        x = xs[u].to(tl.float32)
-        gs = append(gs, _before_activation(past, x, dys[u], taps, bias, PAST, SILU))
-        here = mask & (n_own + u >= PAST) & (t + n_own + u < end + PAST)
-        _store_row(dx_ptr + tl.cast(n_own + u, tl.int64) * width, gs, taps, here, PAST)
-        past, gs = append(past[1:], x), gs[1:]
+        past, gs, sums = _walk(x_ptr, x_stride_l, dy_ptr, dy_stride_l, dx_ptr, width, walked, t,
+                               end, mask, past, gs, sums, taps, bias, W, SILU,
+                               UNROLL)  # fmt: skip
+    # into the next walker's rows, whose sums are not its own
+    _walk(x_ptr, x_stride_l, dy_ptr, dy_stride_l, dx_ptr, width, n_own, t, end, mask, past, gs,
+          sums, taps, bias, W, SILU, PAST)  # fmt: skip
     sums_ptr += program.to(tl.int64) * (W + HAS_BIAS) * width + column
     for k in tl.static_range(W + HAS_BIAS):
         tl.store(sums_ptr + k * width, tl.sum(sums[k], axis=0), mask=column < width)
@@ -216,6 +217,19 @@ def _gradients(x_ptr, x_stride, dy_ptr, dy_stride, state_ptr, state_stride, star
     return gs
 
 
+@jit
+def _store_last_rows(dx_ptr, width, dfinal_ptr, dfinal_stride, gs, taps, start, end, mask,
+                     PAST: tl.constexpr):  # fmt: skip
+    """The last PAST rows of dx once more, with what the state behind them adds."""
+    for k in tl.static_range(PAST):
+        t = end - PAST + k
+        dx = tl.load(dfinal_ptr + k * dfinal_stride, mask=mask, other=0.0).to(tl.float32)
+        for j in tl.static_range(PAST - k):
+            dx += taps[PAST - j] * gs[k + j]
+        place = dx_ptr + t.to(tl.int64) * width
+        tl.store(place, dx.to(dx_ptr.dtype.element_ty), mask=mask & (t >= start))
+
+
 @jit(do_not_specialize=["length"])
 def _states_kernel(x_ptr, dy_ptr, weight_ptr, bias_ptr, state_ptr, cu_ptr, dx_ptr, dfinal_ptr,
                    dstate_ptr, length, width, x_stride_b, x_stride_l, dy_stride_b, dy_stride_l,
@@ -237,16 +251,10 @@ def _states_kernel(x_ptr, dy_ptr, weight_ptr, bias_ptr, state_ptr, cu_ptr, dx_pt
     dfinal_ptr += row * dfinal_stride_b + channels
     taps, bias = load_taps(weight_ptr, bias_ptr, channels, mask, W, HAS_BIAS)
     if HAS_FINAL:
-        # the last rows of dx once more, with what the state after them adds
         gs = _gradients(x_ptr, x_stride_l, dy_ptr, dy_stride_l, state_ptr, state_stride_w, start,
                         end, end - PAST, mask, taps, bias, PAST, SILU, HAS_STATE)  # fmt: skip
-        for k in tl.static_range(PAST):
-            t = end - PAST + k
-            dx = tl.load(dfinal_ptr + k * dfinal_stride_w, mask=mask, other=0.0).to(tl.float32)
-            for j in tl.static_range(PAST - k):
-                dx += taps[PAST - j] * gs[k + j]
-            place = dx_ptr + (batch * length + t) * width + channels
-            tl.store(place, dx.to(dx_ptr.dtype.element_ty), mask=mask & (t >= start))
+        _store_last_rows(dx_ptr + batch * length * width + channels, width, dfinal_ptr,
+                         dfinal_stride_w, gs, taps, start, end, mask, PAST)  # fmt: skip
     if HAS_STATE:
         gs = _gradients(x_ptr, x_stride_l, dy_ptr, dy_stride_l, state_ptr, state_stride_w, start,
                         end, start, mask, taps, bias, PAST, SILU, HAS_STATE)  # fmt: skip
@@ -296,7 +304,7 @@ def causal_conv1d_backward(
     strides = [s for t in (x, dy) for s in (t.stride(0) if len(t) > 1 else 0, t.stride(1))]
     strides += state.stride()[:2]
     with torch.cuda.device_of(x):
-        _end(_walk(inputs, strides, options), dweight, dbias)
+        _end(_launch(inputs, strides, options), dweight, dbias)
         if initial_state is not None or dfinal is not None:
             n_states = len(x) if cu_seqlens is None else len(cu) - 1
             _states_kernel[(triton.cdiv(x.shape[2], BLOCK) * n_states,)](
@@ -306,7 +314,7 @@ def causal_conv1d_backward(
     return dx, dweight, dbias, dstate
 
 
-def _walk(inputs: tuple[Tensor, ...], strides: list[int], options: dict[str, Any]) -> Tensor:
+def _launch(inputs: tuple[Tensor, ...], strides: list[int], options: dict[str, Any]) -> Tensor:
     """Write dx; what the programs summed is (n, w, i), w + 1 with a bias."""
     x, cu = inputs[0], inputs[5]
     b, length, width = x.shape
