@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from cases import Case, Make, Peer, conv, n_sets, norm, scan, text
 from measure import (
+    FAILURES,
     Clock,
     Times,
     captured,
@@ -31,9 +32,7 @@ from measure import (
 )
 from steps import conv_step, step
 
-from hybridzoo.errors import BackendError
 from hybridzoo.kernels.dispatch import parse_backends, set_backends
-from hybridzoo.kernels.jit import triton
 
 SCANS = [
     (1, 1536, 2048, 16), (8, 4096, 2048, 16), (32, 1536, 2048, 16), (64, 1536, 512, 16),
@@ -57,13 +56,6 @@ TINY: dict[str, list[tuple[Make, list[tuple[int, ...]]]]] = {
     "step": [(step, [(3, 6, 5)]), (conv_step, [(3, 6)])],
     "norm": [(norm, [(5, 24, 32), (5, 24, 16)])],
 }
-
-
-# of a kernel that does not compile, asks for too much or refuses its arguments
-FAILURES = (
-    BackendError, RuntimeError, ValueError, TypeError, AssertionError,
-    *([triton.TritonError] if triton else []),
-)  # fmt: skip
 
 
 def timed(calls: list, case: Case, args: argparse.Namespace) -> Times:
