@@ -52,9 +52,9 @@ def test_kernels_fall_into_parts_by_their_names(monkeypatch):
 
 def test_a_wrong_gradient_is_found(monkeypatch):
     monkeypatch.syspath_prepend(BENCH)
-    import gradients
+    import checked
 
-    honest, calls = gradients._gradients, []
+    honest, calls = checked._gradients, []
 
     def third_one_lies(*given):
         found = honest(*given)
@@ -64,8 +64,8 @@ def test_a_wrong_gradient_is_found(monkeypatch):
             found["blocks.1.layer.D"] *= -1
         return found
 
-    monkeypatch.setattr(gradients, "_gradients", third_one_lies)
-    found = gradients.check(Namespace(device=torch.device("cpu"), tiny=True))
+    monkeypatch.setattr(checked, "_gradients", third_one_lies)
+    found = checked.check(Namespace(device=torch.device("cpu"), tiny=True))
     assert not found["is_right"]
     # one of four layers has an error of 2
     assert found["errors"]["blocks.layer.D"]["ours"] == pytest.approx(1, rel=0.02)

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from breakdown import DIRECTIONS, PARTS, breakdown, print_rest
 from curve import NOISE, RUNS, CurveSize, compare, is_finite, plot, run
-from gradients import check
+from checked import check
 from layer import layer
 from measure import FAILURES, machine, print_table, sample, save
 from training import MFU, PEAK_FLOPS, Size, in_pieces, measured, ours, recomputing, summary
