@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # On a machine with a GPU, in one command: what it is, the GPU tests, then the benches beside their peers.
-#   bash scripts/gpu_check.sh [machine] [tests] [kernel] [decode]      no name: all of them
+#   bash scripts/gpu_check.sh [machine] [tests] [kernel] [decode] [train]      no name: all of them
 # OUT     folder of the logs and JSON files; unset: runs/gpu_check
 # PYTHON  the interpreter, with torch, triton and pytest in it; unset: python3. Nothing is installed.
 # PEERS   a folder that holds mamba_ssm and causal_conv1d; unset: Python's path may have them, and a
 #         row says where one is missing.
-# TESTS KERNEL DECODE    more arguments for pytest, bench/kernel.py and bench/decode.py
+# TESTS KERNEL DECODE TRAIN    more arguments for pytest, bench/kernel.py, decode.py and train.py
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -34,9 +34,9 @@ export python
 
 for name in "${@:-all}"; do
     case $name in
-        all | machine | tests | kernel | decode) ;;
+        all | machine | tests | kernel | decode | train) ;;
         *)
-            echo "gpu_check.sh: $name is no part; they are machine, tests, kernel and decode." >&2
+            echo "gpu_check.sh: $name is no part; they are machine, tests, kernel, decode and train." >&2
             exit 2
             ;;
     esac
@@ -48,6 +48,7 @@ asked="$*"
 read -r -a tests <<<"${TESTS:-}"
 read -r -a kernel <<<"${KERNEL:-}"
 read -r -a decode <<<"${DECODE:-}"
+read -r -a train <<<"${TRAIN:-}"
 if is_asked machine; then part machine 120 bash -euo pipefail -c describe; fi
 if is_asked tests; then
     # where pytest-xdist is, eight processes; of one thread each, as what is right is found on the CPU
@@ -60,6 +61,9 @@ if is_asked kernel; then
 fi
 if is_asked decode; then
     part decode 300 "$python" scripts/bench/decode.py --out "$out/decode.json" ${decode[@]+"${decode[@]}"}
+fi
+if is_asked train; then
+    part train 560 "$python" scripts/bench/train.py --out "$out/train.json" ${train[@]+"${train[@]}"}
 fi
 
 if [ ${#failed[@]} -gt 0 ]; then

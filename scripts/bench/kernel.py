@@ -19,6 +19,7 @@ import torch
 from cases import Case, Make, Peer, conv, n_sets, norm, scan, text
 from gradients import conv_gradients, norm_gradients, scan_gradients
 from measure import (
+    FAILURES,
     Clock,
     Times,
     captured,
@@ -32,9 +33,7 @@ from measure import (
 )
 from steps import conv_step, step
 
-from hybridzoo.errors import BackendError
 from hybridzoo.kernels.dispatch import parse_backends, set_backends
-from hybridzoo.kernels.jit import triton
 
 SCANS = [
     (1, 1536, 2048, 16), (8, 4096, 2048, 16), (32, 1536, 2048, 16), (64, 1536, 512, 16),
@@ -60,13 +59,6 @@ TINY: dict[str, list[tuple[Make, list[tuple[int, ...]]]]] = {
     "step": [(step, [(3, 6, 5)]), (conv_step, [(3, 6)])],
     "norm": [(make, [(5, 24, 32), (5, 24, 16)]) for make in (norm, norm_gradients)],
 }
-
-
-# of a kernel that does not compile, asks for too much or refuses its arguments
-FAILURES = (
-    BackendError, RuntimeError, ValueError, TypeError, AssertionError,
-    *([triton.TritonError] if triton else []),
-)  # fmt: skip
 
 
 def timed(calls: list, case: Case, args: argparse.Namespace) -> Times:

@@ -19,12 +19,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hybridzoo.errors import BackendError
+from hybridzoo.kernels.jit import triton
+
 Call = Callable[[], Any]
 
 # the host stays this far ahead of the device, so that no launch latency lies between two events:
 # before a burst of calls the device spins, for LEAD_S at least
 BURST, LEAD_CYCLES, LEAD_S = 20, 8_000_000, 3e-3
 MUFU_PER_CLOCK = 16
+
+# of a kernel that does not compile, asks for too much or refuses its arguments
+FAILURES = (
+    BackendError, RuntimeError, ValueError, TypeError, AssertionError,
+    *([triton.TritonError] if triton else []),
+)  # fmt: skip
 
 # kind of kernel: words of its name
 KINDS = {
