@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with a GPU, in one command: what it is, the GPU tests, then the benches beside their peers.
-#   bash scripts/gpu_check.sh [machine] [tests] [kernel] [decode] [train]      no name: all of them
+#   bash scripts/gpu_check.sh [machine] [tests] [kernel] [decode] [train] [sanitize]
+#     no name: all but the last, which runs small shapes under compute-sanitizer, of CUDA's toolkit
 # OUT     folder of the logs and JSON files; unset: runs/gpu_check
 # PYTHON  the interpreter, with torch, triton and pytest in it; unset: python3. Nothing is installed.
 # PEERS   a folder that holds mamba_ssm and causal_conv1d; unset: Python's path may have them, and a
@@ -34,9 +35,9 @@ export python
 
 for name in "${@:-all}"; do
     case $name in
-        all | machine | tests | kernel | decode | train) ;;
+        all | machine | tests | kernel | decode | train | sanitize) ;;
         *)
-            echo "gpu_check.sh: $name is no part; they are machine, tests, kernel, decode and train." >&2
+            echo "gpu_check.sh: $name is no part; they are machine, tests, kernel, decode, train and sanitize." >&2
             exit 2
             ;;
     esac
@@ -64,6 +65,12 @@ if is_asked decode; then
 fi
 if is_asked train; then
     part train 560 "$python" scripts/bench/train.py --out "$out/train.json" ${train[@]+"${train[@]}"}
+fi
+if [[ " $asked " == *" sanitize "* ]]; then
+    for tool in memcheck racecheck; do
+        part "$tool" 300 compute-sanitizer --tool "$tool" --error-exitcode 1 --kernel-regex kns=selective_scan \
+            --kernel-regex kns=_kernel "$python" -m tests.kernels.sanitized
+    done
 fi
 
 if [ ${#failed[@]} -gt 0 ]; then

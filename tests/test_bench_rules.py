@@ -24,7 +24,8 @@ NAMES = {
     ],
     "conv": [
         "_conv_kernel",
-        "_edges_kernel",
+        "_conv_edges_kernel",
+        "_conv_backward_kernel",
         "void causal_conv1d_bwd_kernel<Causal_conv1d_bwd_kernel_traits<128, 4, true, bfloat16>>",
     ],
     "norms": ["_norm_kernel", "_layer_norm_fwd_1pass_kernel", "_layer_norm_bwd_kernel"],

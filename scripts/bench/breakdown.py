@@ -16,7 +16,7 @@ from training import Side, nats
 NAMES = {
     "projections": r"gemm|gemv|cutlass|nvjet|xmma|cublas|splitk|^aten::(mm|addmm|bmm)$",
     "scan": r"selective_scan|^_kernel$",
-    "conv": r"conv(?!ert)|^_edges",
+    "conv": r"conv(?!ert)",
     "norms": r"norm",
 }
 REST = "rest"

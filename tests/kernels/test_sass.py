@@ -127,9 +127,9 @@ def pack():
     return torch.tensor([0, 5, 9], dtype=torch.int32)
 
 
-CONV, EDGES = "causal_conv1d._conv_kernel", "causal_conv1d._edges_kernel"
-CONV_BACK, CONV_SUMS = "causal_conv1d._backward_kernel", "causal_conv1d._sums_kernel"
-NORM_BACK, NORM_SUMS = "rms_norm._backward_kernel", "rms_norm._sums_kernel"
+CONV, EDGES = "causal_conv1d._conv_kernel", "causal_conv1d._conv_edges_kernel"
+CONV_BACK, CONV_SUMS = "causal_conv1d._conv_backward_kernel", "causal_conv1d._conv_sums_kernel"
+NORM_BACK, NORM_SUMS = "rms_norm._norm_backward_kernel", "rms_norm._norm_sums_kernel"
 SCAN, FWD = "selective_scan._kernel", "selective_scan.selective_scan_fwd"
 ENDS = "selective_scan.selective_scan_ends"
 BWD, CARRIES = "selective_scan.selective_scan_bwd", "selective_scan.selective_scan_carries"
@@ -159,7 +159,7 @@ CASES = [
         {
             CONV_BACK: Bound(168, 14.7, 64, 64),
             CONV_SUMS: Bound(40),
-            "causal_conv1d._states_kernel": Bound(64, 23.6, 64),
+            "causal_conv1d._conv_states_kernel": Bound(64, 23.6, 64),
         },
     ),
     Case(

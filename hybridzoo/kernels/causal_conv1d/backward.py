@@ -140,7 +140,7 @@ def _walk(x_ptr, x_stride, dy_ptr, dy_stride, dx_ptr, width, walked, t, end, mas
 
 
 @jit(do_not_specialize=["length", "n_pieces", "n_seqs", "n_steps", "rows"])
-def _backward_kernel(x_ptr, dy_ptr, weight_ptr, bias_ptr, state_ptr, cu_ptr, dx_ptr, sums_ptr,
+def _conv_backward_kernel(x_ptr, dy_ptr, weight_ptr, bias_ptr, state_ptr, cu_ptr, dx_ptr, sums_ptr,
                      length, n_pieces, n_seqs, n_steps, rows, width, x_stride_b, x_stride_l,
                      dy_stride_b, dy_stride_l, state_stride_b, state_stride_w,
                      W: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -182,7 +182,7 @@ def _backward_kernel(x_ptr, dy_ptr, weight_ptr, bias_ptr, state_ptr, cu_ptr, dx_
 
 
 @jit(do_not_specialize=["n_partials"])
-def _sums_kernel(sums_ptr, dweight_ptr, dbias_ptr, n_partials, width, W: tl.constexpr,
+def _conv_sums_kernel(sums_ptr, dweight_ptr, dbias_ptr, n_partials, width, W: tl.constexpr,
                  HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     n_blocks = tl.cdiv(width, COLUMNS)
     tap = tl.program_id(0) // n_blocks
@@ -231,7 +231,7 @@ def _store_last_rows(dx_ptr, width, dfinal_ptr, dfinal_stride, gs, taps, start, 
 
 
 @jit(do_not_specialize=["length"])
-def _states_kernel(x_ptr, dy_ptr, weight_ptr, bias_ptr, state_ptr, cu_ptr, dx_ptr, dfinal_ptr,
+def _conv_states_kernel(x_ptr, dy_ptr, weight_ptr, bias_ptr, state_ptr, cu_ptr, dx_ptr, dfinal_ptr,
                    dstate_ptr, length, width, x_stride_b, x_stride_l, dy_stride_b, dy_stride_l,
                    state_stride_b, state_stride_w, dfinal_stride_b, dfinal_stride_w,
                    W: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -307,7 +307,7 @@ def causal_conv1d_backward(
         _end(_launch(inputs, strides, options), dweight, dbias)
         if initial_state is not None or dfinal is not None:
             n_states = len(x) if cu_seqlens is None else len(cu) - 1
-            _states_kernel[(triton.cdiv(x.shape[2], BLOCK) * n_states,)](
+            _conv_states_kernel[(triton.cdiv(x.shape[2], BLOCK) * n_states,)](
                 *inputs, final, dstate, *x.shape[1:], *strides, *final.stride()[:2],
                 HAS_FINAL=dfinal is not None, num_warps=1, **options,
             )  # fmt: skip
@@ -329,7 +329,7 @@ def _launch(inputs: tuple[Tensor, ...], strides: list[int], options: dict[str, A
     shape = (b * n_pieces, options["W"] + options["HAS_BIAS"], width)
     sums = x.new_empty(shape, dtype=torch.float32)
     if sums.numel():
-        _backward_kernel[(n_blocks * b * n_pieces,)](
+        _conv_backward_kernel[(n_blocks * b * n_pieces,)](
             *inputs, sums, length, n_pieces, n_seqs, n_seqs.bit_length(), rows, width, *strides,
             WALKERS=WALKERS, UNROLL=LANE_BYTES // x.element_size(), num_warps=WALKERS,
             maxnreg=MAX_REGISTERS, **options,
@@ -340,7 +340,7 @@ def _launch(inputs: tuple[Tensor, ...], strides: list[int], options: dict[str, A
 def _end(sums: Tensor, dweight: Tensor, dbias: Tensor) -> None:
     """Add up what the programs summed."""
     n_partials, n_rows, width = sums.shape
-    _sums_kernel[(n_rows * triton.cdiv(width, partials.COLUMNS),)](
+    _conv_sums_kernel[(n_rows * triton.cdiv(width, partials.COLUMNS),)](
         sums, dweight, dbias, n_partials, width, W=dweight.shape[1],
         HAS_BIAS=n_rows > dweight.shape[1], ROWS=partials.ROWS, COLUMNS=partials.COLUMNS,
         num_warps=partials.WARPS,

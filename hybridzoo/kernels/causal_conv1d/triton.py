@@ -105,7 +105,7 @@ def _conv_kernel(x_ptr, weight_ptr, bias_ptr, state_ptr, y_ptr, final_ptr, lengt
 
 
 @jit
-def _edges_kernel(x_ptr, weight_ptr, bias_ptr, state_ptr, cu_seqlens_ptr, y_ptr, final_ptr,
+def _conv_edges_kernel(x_ptr, weight_ptr, bias_ptr, state_ptr, cu_seqlens_ptr, y_ptr, final_ptr,
                   width, x_stride_l, state_stride_b, state_stride_w,
                   W: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
                   HAS_STATE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
@@ -167,7 +167,7 @@ def _causal_conv1d(
             HAS_FINAL=cu_seqlens is None, ROWS=rows, UNROLL=UNROLL, **options,
         )  # fmt: skip
         if cu_seqlens is not None:
-            _edges_kernel[(n_blocks * final_state.shape[0],)](
+            _conv_edges_kernel[(n_blocks * final_state.shape[0],)](
                 x, weight, bias, state, cu_seqlens.contiguous(), y, final_state, width,
                 x_strides[1], *state.stride()[:2], HAS_STATE=has_state, **options,
             )  # fmt: skip

@@ -134,7 +134,7 @@ def _allocate(
 
 
 @jit(do_not_specialize=["n_rows", "n_inner"])
-def _backward_kernel(dy_ptr, dh_ptr, h_ptr, weight_ptr, dstream_ptr, dx_ptr, sums_ptr, eps, n_rows,
+def _norm_backward_kernel(dy_ptr, dh_ptr, h_ptr, weight_ptr, dstream_ptr, dx_ptr, sums_ptr, eps, n_rows,
                      n_inner, width, dy_stride_outer, dy_stride_inner, dy_stride_d,
                      dh_stride_outer, dh_stride_inner, dh_stride_d,
                      h_stride_outer, h_stride_inner, h_stride_d, HAS_DH: tl.constexpr,
@@ -176,7 +176,7 @@ def _backward_kernel(dy_ptr, dh_ptr, h_ptr, weight_ptr, dstream_ptr, dx_ptr, sum
 
 
 @jit(do_not_specialize=["n_partials"])
-def _sums_kernel(sums_ptr, dweight_ptr, n_partials, width, ROWS: tl.constexpr,
+def _norm_sums_kernel(sums_ptr, dweight_ptr, n_partials, width, ROWS: tl.constexpr,
                  COLUMNS: tl.constexpr):  # fmt: skip
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = column_sums(sums_ptr, n_partials, width, columns, columns < width, ROWS)
@@ -210,7 +210,7 @@ def _backward(
     dh, weight = h if dh is None else dh, h if weight is None else weight.contiguous()
     dy, dh, h = map(_three_dims, (dy, dh, h))
     with torch.cuda.device_of(h):
-        _backward_kernel[(n_programs,)](
+        _norm_backward_kernel[(n_programs,)](
             dy, dh, h, weight, dstream, dx, sums, eps, n_rows, h.shape[1], width,
             *dy.stride(), *dh.stride(), *h.stride(), HAS_DH=has_dh, HAS_WEIGHT=has_weight,
             HAS_DX=dx.numel() > 0, LATE=block * item >= LATE_BYTES, ROWS=rows, BLOCK=block,
@@ -218,7 +218,7 @@ def _backward(
             num_warps=n_warps, maxnreg=65536 // (32 * n_warps * n_resident) // 8 * 8,
         )  # fmt: skip
         if has_weight:
-            _sums_kernel[(triton.cdiv(width, partials.COLUMNS),)](
+            _norm_sums_kernel[(triton.cdiv(width, partials.COLUMNS),)](
                 sums, dweight, n_programs, width, ROWS=partials.ROWS, COLUMNS=partials.COLUMNS,
                 num_warps=partials.WARPS,
             )  # fmt: skip
