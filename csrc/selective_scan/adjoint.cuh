@@ -28,9 +28,12 @@ static_assert(32 % LANES == 0 && CH % VEC == 0 && VEC >= 1 && T % SUB == 0 && SU
               "mapping");
 static_assert(N_PAD % MAPS == 0 && SPT % 4 == 0 && (CPT & (CPT - 1)) == 0, "mapping");
 
-// Where channel c of token t lies. Neighbouring lanes have a channel of the same number of their
-// VEC, of one token or two, or neighbouring channels of one token: neither meet in a bank.
-constexpr int EVERY = 2 * ROW_LANES + 1, PAIR = VEC * EVERY;  // channel of those; pair of tokens
+// Where channel c of token t lies: first come the channels of an even and of an odd token that
+// lanes have first of their VEC, then those that they have second. Neither lanes that take theirs
+// nor those that walk neighbouring channels of one token meet in a bank, by the room behind each of
+// these.
+constexpr int WALKED_AT_ONCE = 16 / LANES * CPT < 8 ? 16 / LANES * CPT : 8;
+constexpr int EVERY = 2 * ROW_LANES + (VEC > 1 ? WALKED_AT_ONCE / VEC : 0), PAIR = VEC * EVERY;
 __host__ __device__ constexpr int place_of(int t, int c) {
     return t / 2 * PAIR + c % VEC * EVERY + t % 2 * ROW_LANES + c / VEC;
 }
@@ -154,9 +157,12 @@ struct Elementwise {
     float dD[VEC], ddt_bias[VEC];  // of this tile
 
     __device__ __forceinline__ void load(int valid) {
-        x.load(valid), dt.load(valid), dy.load(valid);
+        dt.load(valid), dy.load(valid);
 #if GATED
         z.load(valid);
+#endif
+#if !CARRIES
+        x.load(valid);
 #endif
     }
 
@@ -219,10 +225,15 @@ struct Elementwise {
             const float gate = unpack(z.value, k);
             g *= gate * reciprocal(1.0f + exp_approx(-gate));
 #endif
+#if CARRIES
+            const float value = 0.0f;  // is not asked for
+#else
+            const float value = unpack(x.value, k);
+#endif
             // behind the last token nothing decays, and nothing is added
-            elements[place_of(token, column + k)] =
-                exists ? make_float4(step, step * unpack(x.value, k), g, slope)
-                       : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            elements[place_of(token, column + k)] = exists
+                                                        ? make_float4(step, step * value, g, slope)
+                                                        : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         }
     }
 

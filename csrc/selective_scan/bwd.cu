@@ -167,22 +167,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     float dt_sum[CPT] = {};
 #else
     // ---- what the segments behind this one hand on
-    if (behind < length)
-        for (i64 s = n_segments - 1; s > segment; --s) {
-            const i64 at = row * (n_segments - 1) + s - 1;
-            float found[CPT][SPT];
-            own.load(found, carries + at * states);
+    // loads of several segments in flight: they wait for memory once, not once each
+#pragma unroll 4
+    for (int s = int(n_segments) - 1; s > int(segment); --s) {
+        const i64 at = row * (n_segments - 1) + s - 1;
+        float found[CPT][SPT];
+        own.load(found, carries + at * states);
 #pragma unroll
-            for (int k = 0; k < CPT; ++k) {
-                const int c = k ^ own.channel_order;
-                const float sum = c < own.n_channels ? dt_sums[at * n_channels + channel + c] : 0;
+        for (int k = 0; k < CPT; ++k) {
+            const int c = k ^ own.channel_order;
+            const float sum = c < own.n_channels ? dt_sums[at * n_channels + channel + c] : 0;
 #pragma unroll
-                for (int n = 0; n < SPT; ++n)
-                    carry[k][n] = sum == infinity() ? found[k][n]
-                                                    : fmaf(exp2_approx(sum * log_decay[k][n]),
-                                                           carry[k][n], found[k][n]);
-            }
+            for (int n = 0; n < SPT; ++n)
+                carry[k][n] = sum == infinity() ? found[k][n]
+                                                : fmaf(exp2_approx(sum * log_decay[k][n]),
+                                                       carry[k][n], found[k][n]);
         }
+    }
     const i64 n_checkpoints = (length + T - 1) / T;
     checkpoints += (row * n_checkpoints + start / T) * states;
     const i64 n_batch = gridDim.x / n_tiles;
@@ -210,16 +211,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #endif
         {
             const int valid = at + map_token < count ? map_valid : 0;
-            const Packed<MAPS> given_B = load_packed<MAPS>(B + at * B_l, valid);
             const Packed<MAPS> given_C = load_packed<MAPS>(C + at * C_l, valid);
+#if !CARRIES
+            const Packed<MAPS> given_B = load_packed<MAPS>(B + at * B_l, valid);
+#endif
             if (map_token < T)
 #pragma unroll
                 for (int k = 0; k < MAPS; ++k)
 #pragma unroll
                     for (int order = 0; order < ORDERS; ++order) {
-                        const int place = (map_state + k) ^ (order * KEPT_STATES);
-                        shared.B[map_token][order][place] = unpack(given_B, k);
-                        shared.C[map_token][order][place] = unpack(given_C, k);
+                        const int n = map_state + k ^ order_of<SPT, 0, ORDER_BITS>(order);
+                        shared.C[map_token][order][n] = unpack(given_C, k);
+#if !CARRIES
+                        shared.B[map_token][order][n] = unpack(given_B, k);
+#endif
                     }
         }
 #pragma unroll
@@ -239,7 +244,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         __syncthreads();
 
         auto read_map = [&](float (&to)[SPT], const float (&map)[T][ORDERS][N_PAD], int t) {
-            read_fours(to, &map[t][own.state_order / KEPT_STATES][first_state]);
+            read_fours(to, &map[t][lane / LANES % ORDERS][first_state]);
         };
         auto element = [&](int first, int t, int k) {
             return (elements + place[k] + place_of(first, 0))[place_of(t, 0)];
@@ -363,7 +368,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #endif
                 sum_over_lanes<STATE_BITS, CHANNEL_BITS>(dB_now);
                 sum_over_lanes<STATE_BITS, CHANNEL_BITS>(dC_now);
+#if GATED
                 sum_over_lanes<0, STATE_BITS>(sum_y);
+#endif
                 sum_over_lanes<0, STATE_BITS>(sum_h);
                 sum_over_lanes<0, STATE_BITS>(sum_A);
                 if (lane >> (STATE_BITS + ORDER_BITS) == 0)

@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 from breakdown import DIRECTIONS, PARTS, breakdown, print_rest
-from curve import NOISE, RUNS, CurveSize, compare, is_finite, plot, run
 from checked import check
+from curve import NOISE, RUNS, CurveSize, compare, is_finite, plot, run
 from layer import layer
 from measure import FAILURES, machine, print_table, sample, save
 from training import MFU, PEAK_FLOPS, Size, in_pieces, measured, ours, recomputing, summary

@@ -103,6 +103,24 @@ def test_options_are_those_of_the_reference(kernels, given, n_segments):
     assert_near(gradients(given, Mapping(1, 32, 8, n_segments)), truth(given))
 
 
+def test_a_block_of_eight_warps_adds_up_its_parts(kernels):
+    given = made(1, 40, 136, 16)
+    assert_near(gradients(given, Mapping(8, 32, 8)), truth(given))
+
+
+@pytest.mark.parametrize("room", [232448, 166912, 101376])
+@pytest.mark.parametrize("is_packed", [False, True], ids=["rows", "packed"])
+def test_every_mapping_fits(is_packed, room):
+    """In an H100's, an A100's and a 4090's shared memory; the forward's tiles fit in its own."""
+    for n, shape in itertools.product(
+        range(1, 65), [(8, 2048, 4096), (1, 4096, 1536), (2, 300, 64)]
+    ):
+        mapping = bwd._choose(*shape, n, 1, is_packed, 132, room)
+        assert bwd._shared_bytes(mapping, n) <= room
+        assert mapping.tokens == bwd.distance(n) and mapping.vector(n) >= 1
+        assert bwd.distance(n) % fwd._choose(*shape, n, 1, 132, room).tokens == 0
+
+
 @pytest.mark.parametrize("has_state", [False, True], ids=["cold", "warm"])
 @pytest.mark.parametrize("n_segments", [1, 3])
 def test_packed_is_separate(kernels, n_segments, has_state):
@@ -111,7 +129,9 @@ def test_packed_is_separate(kernels, n_segments, has_state):
     assert_near(gradients(given, Mapping(1, 32, 4, n_segments)), truth(given))
 
 
-@pytest.mark.parametrize("lengths", [[96], [40, 56], [70, 26], [40, 24, 32], [40, 30, 26]], ids=str)
+@pytest.mark.parametrize(
+    "lengths", [[96], [40, 56], [70, 26], [64, 32], [40, 24, 32], [40, 30, 26]], ids=str
+)
 def test_segments_hand_on_what_is_of_their_sequence(kernels, lengths):
     """Of 32 tokens, with steps so small that it is not forgotten on the way."""
     given = made(1, 96, 8, 16, rows=len(lengths), cu_seqlens=pack(lengths))

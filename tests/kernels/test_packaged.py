@@ -55,7 +55,8 @@ def launch(shape, dtype, is_packed):
     mapping = fwd.choose(shape, 16, wide.device)
     fwd.launch(given, mapping)
     _, state, checkpoints = fwd.launch(given, mapping, bwd.distance(16))
-    bwd.launch(given, wide, state, checkpoints, bwd.choose(shape, 16, wide.device))
+    mapping = bwd.choose(shape, 16, wide.device, is_packed=is_packed)
+    bwd.launch(given, wide, state, checkpoints, mapping)
 
 
 def test_list_is_what_launches_ask_for(asked):

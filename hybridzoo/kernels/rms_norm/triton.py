@@ -134,12 +134,12 @@ def _allocate(
 
 
 @jit(do_not_specialize=["n_rows", "n_inner"])
-def _norm_backward_kernel(dy_ptr, dh_ptr, h_ptr, weight_ptr, dstream_ptr, dx_ptr, sums_ptr, eps, n_rows,
-                     n_inner, width, dy_stride_outer, dy_stride_inner, dy_stride_d,
-                     dh_stride_outer, dh_stride_inner, dh_stride_d,
-                     h_stride_outer, h_stride_inner, h_stride_d, HAS_DH: tl.constexpr,
-                     HAS_WEIGHT: tl.constexpr, HAS_DX: tl.constexpr, LATE: tl.constexpr,
-                     ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _norm_backward_kernel(dy_ptr, dh_ptr, h_ptr, weight_ptr, dstream_ptr, dx_ptr, sums_ptr, eps,
+                          n_rows, n_inner, width, dy_stride_outer, dy_stride_inner, dy_stride_d,
+                          dh_stride_outer, dh_stride_inner, dh_stride_d, h_stride_outer,
+                          h_stride_inner, h_stride_d, HAS_DH: tl.constexpr, HAS_WEIGHT:
+                          tl.constexpr, HAS_DX: tl.constexpr, LATE: tl.constexpr, ROWS:
+                          tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     column = tl.arange(0, BLOCK)[None, :]
     column64 = column.to(tl.int64)
     sums = tl.zeros([ROWS, BLOCK], tl.float32)

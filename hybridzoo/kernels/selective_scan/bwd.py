@@ -69,17 +69,29 @@ def distance(n: int) -> int:
     return 32 if n <= 32 else 16
 
 
-def choose(shape: tuple[int, ...], n: int, device: torch.device, groups: int = 1) -> Mapping:
+def choose(
+    shape: tuple[int, ...],
+    n: int,
+    device: torch.device,
+    groups: int = 1,
+    *,
+    is_packed: bool = False,
+) -> Mapping:
     """The mapping for x of this shape, n states and groups of B."""
     gpu = torch.cuda.get_device_properties(device)
     n_sms, room = gpu.multi_processor_count, gpu.shared_memory_per_block_optin
-    return _choose(*shape, n, groups, n_sms, room)
+    return _choose(*shape, n, groups, is_packed, n_sms, room)
 
 
 @functools.lru_cache(1024)
-def _choose(b: int, l: int, i: int, n: int, groups: int, n_sms: int, room: int) -> Mapping:
+def _choose(
+    b: int, l: int, i: int, n: int, groups: int, is_packed: bool, n_sms: int, room: int
+) -> Mapping:
     # a lane reads four channels at most, of one token
     sub = min(8, 2 * _lanes(n))
+    if is_packed and _width(n) * sub > LANES:
+        # the way into a sequence and out of it wants registers
+        sub //= 2
     sizes = [Mapping(warps, distance(n), sub) for warps in (8, 4, 2, 1)]
     mapping = next(m for m in sizes if _shared_bytes(m, n) <= room)
     blocks = _n_blocks(mapping, b, i, n, groups)
@@ -147,18 +159,17 @@ def launch(
     dfinal_state = None if dfinal_state is None else dfinal_state.contiguous()
     tensors, options = given[: len(TENSORS)], given[len(TENSORS) :]
     x, A, B = given.x, given.A, given.B
-    if given.cu_seqlens is not None and mapping.vector(A.shape[1]) > 1:
-        # the way into a sequence and out of it wants registers
-        mapping = mapping._replace(sub=mapping.sub // 2)
-    plan = _plan(x.device, mapping, options, layout_of(dy), *map(layout_of, tensors))
-    (b, l, i), (_, n), s = x.shape, A.shape, plan.n_segments
+    (b, l, i), n = x.shape, A.shape[1]
     if l == 0:
         return _without_tokens(given, dfinal_state, dtypes)
+    assert checkpoints.shape == (b, -(-l // mapping.tokens), i, n), "of another mapping"
+    plan = _plan(x.device, mapping, options, layout_of(dy), *map(layout_of, tensors))
+    s = plan.n_segments
     dx, ddt = x.new_empty(x.shape), x.new_empty(x.shape)
     dz = x.new_empty(0 if given.z is None else x.shape)
-    dB, dC = A.new_empty(2, plan.n_parts, *B.shape)
+    dB, dC = (A.new_empty(plan.n_parts, *B.shape) for _ in range(2))
     dA = A.new_empty(b * s, i, n)
-    dD, ddt_bias = A.new_empty(2, b * s, i)
+    dD, ddt_bias = (A.new_empty(b * s, i) for _ in range(2))
     dinitial = _handed_through(given, dfinal_state)
     carries = dt_sums = None
     if s > 1:
@@ -169,8 +180,8 @@ def launch(
     )  # fmt: skip
     for kernel, grid, shared in plan.kernels:
         kernel(grid, LANES * mapping.warps, shared, *arguments)
-    sums = (t.sum(0) for t in (dA, dB, dC, dD))
-    found = (dx, ddt, *sums, dz, ddt_bias.sum(0), dinitial)
+    *sums, ddt_bias = (t[0] if len(t) == 1 else t.sum(0) for t in (dA, dB, dC, dD, ddt_bias))
+    found = (dx, ddt, *sums, dz, ddt_bias, dinitial)
     return [x.new_empty(0) if d is None else t.to(d) for t, d in zip(found, dtypes, strict=True)]
 
 
@@ -178,6 +189,9 @@ def _handed_through(given: Arguments[Tensor], dfinal_state: Tensor | None) -> Te
     """The initial state's gradient where there is no token between it and the final state."""
     if given.initial_state is None:
         return None
+    if given.cu_seqlens is None and given.x.shape[1]:
+        # of which there is none
+        return torch.empty_like(given.initial_state)
     return torch.zeros_like(given.initial_state) if dfinal_state is None else dfinal_state.clone()
 
 
@@ -237,7 +251,8 @@ def _shared_bytes(mapping: Mapping, n: int) -> int:
     lanes, width, vector = _lanes(n), _width(n), mapping.vector(n)
     padded, threads = lanes * STATES, LANES * mapping.warps
     # of two tokens, with what keeps lanes out of each other's banks
-    pair = vector * (2 * (width // vector) + 1)
+    room = min(8, 16 // lanes * CHANNELS) // vector if vector > 1 else 0
+    pair = vector * (2 * (width // vector) + room)
     elements, sums = (4 * mapping.warps * t // 2 * pair for t in (mapping.tokens, mapping.sub))
     maps = 2 * mapping.tokens * min(STATES, LANES // lanes) * padded
     own = threads * STATES * CHANNELS

@@ -191,7 +191,8 @@ def selective_scan_cuda_backward(
     given = fwd.Arguments(
         x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_min, dt_max
     )
-    mapping = bwd.choose(x.shape, A.shape[1], x.device, B.shape[2])
+    is_packed = cu_seqlens is not None
+    mapping = bwd.choose(x.shape, A.shape[1], x.device, B.shape[2], is_packed=is_packed)
     return bwd.launch(given, dy, dfinal_state, checkpoints, mapping)
 
 
