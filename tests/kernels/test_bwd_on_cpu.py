@@ -165,6 +165,18 @@ def test_extreme_steps_are_those_of_the_reference(kernels, dt, limits, n_segment
         torch.testing.assert_close(got[name], grad, rtol=1e-4, atol=2e-4, equal_nan=True, msg=name)
 
 
+def test_gradients_are_read_where_they_are(kernels):
+    """Parts of a wider dy, and one number for all, as a sum gives it."""
+    given, mapping = made(1, 40, 8, 16), Mapping(1, 32, 8)
+    dy, dfinal_state = cotangents(given)
+    _, _, checkpoints = fwd.launch(given, FWD, 32)
+    wide = torch.cat([dy, dy, dy], -1)[..., 8:16]
+    for whole, other in ((dy, wide), (torch.ones_like(dy), torch.ones(()).expand_as(dy))):
+        want = bwd.launch(given, whole, dfinal_state, checkpoints, mapping)
+        got = bwd.launch(given, other, dfinal_state, checkpoints, mapping)
+        assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
 def test_long_sums_lose_nothing(kernels):
     """One in each of eight tiles, behind 2**24, to which adding one changes nothing in fp32."""
     given = made(1, 9 * 32, 8, 16, z=None)
