@@ -86,6 +86,14 @@ def run_scan(b, l, i, n):
     scan.run(x, *rest, **options_of(i, x))
 
 
+def run_scan_training(b, l, i, n, dtype=BF16, **changed):
+    """Forward with checkpoints, then backward."""
+    x, *rest = scan_inputs(b, l, i, n, dtype)
+    x.requires_grad_()
+    y, _ = scan.run(x, *rest, **options_of(i, x), **changed)
+    torch.autograd.grad(y, x, torch.zeros_like(y))
+
+
 def run_step(b, i, n):
     x, maps, A = zeros(b, i), zeros(b, 1, n), zeros(i, n, dtype=FP32)
     step.run(x, zeros(b, i, n, dtype=FP32), x, A, maps, maps, A_is_log=True, **options_of(i, x))
@@ -106,7 +114,8 @@ def pack():
 
 
 CONV, EDGES = "causal_conv1d._conv_kernel", "causal_conv1d._edges_kernel"
-SCAN, FWD = "selective_scan._kernel", "selective_scan.selective_scan_fwd"
+SCAN, SCAN_BWD = "selective_scan._kernel", "selective_scan._bwd_kernel"
+FWD = "selective_scan.selective_scan_fwd"
 ENDS = "selective_scan.selective_scan_ends"
 CASES = [
     Case("conv", lambda: run_conv(8, 2048, 4096), {CONV: Bound(128, 7.0, n_special=128)}),
@@ -128,6 +137,34 @@ CASES = [
         "scan-triton-plain",
         lambda: scan.run(*scan_inputs(1, 9, 4096, 16), cu_seqlens=pack()),
         {SCAN: Bound(82, 22.3)},
+    ),
+    # Of the back walk's four tokens, whatever the states and channels of a thread: 4 x 4 states of
+    # 32 channels, a fourth of the softplus of each at once; above 16 states half of them a thread,
+    # and softplus of each channel several times
+    Case(
+        "scan-triton-training",
+        lambda: run_scan_training(8, 4, 4096, 16),
+        {SCAN: Bound(128, 11.8), SCAN_BWD: Bound(255, 16.7, n_special=156)},
+    ),
+    Case(
+        "scan-triton-training-fp32",
+        lambda: run_scan_training(8, 4, 4096, 16, FP32),
+        {SCAN: Bound(154, 11.8), SCAN_BWD: Bound(255, 15.9, n_special=156)},
+    ),
+    Case(
+        "scan-triton-training-packed",
+        lambda: run_scan_training(1, 9, 4096, 16, cu_seqlens=pack()),
+        {SCAN: Bound(96, 17.0), SCAN_BWD: Bound(255, 16.9, n_special=156)},
+    ),
+    Case(
+        "scan-triton-training-64",
+        lambda: run_scan_training(1, 4, 4096, 64),
+        {SCAN: Bound(126, 13.1), SCAN_BWD: Bound(255, 20.9, n_special=128)},
+    ),
+    Case(
+        "scan-triton-training-256",
+        lambda: run_scan_training(1, 4, 4096, 256),
+        {SCAN: Bound(255, 12.5), SCAN_BWD: Bound(255, 23.5, n_special=128)},
     ),
     Case(
         "scan-step",
@@ -259,7 +296,7 @@ def no_compiler(case):
 
 
 def launched(path):
-    """Names of the kernels that a Triton backend launches: name[grid](...)."""
+    """Names of the kernels that a file of a Triton backend launches: name[grid](...)."""
     calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
     return {
         f"{path.parent.name}.{call.func.value.id}"
@@ -269,9 +306,9 @@ def launched(path):
 
 
 def test_every_kernel_has_a_case():
-    """Those of each triton.py, and each source of csrc."""
+    """Those of each triton*.py, and each source of csrc."""
     bounds = {name for case in CASES for name in case.bounds}
-    in_triton = set().union(*(launched(path) for path in KERNELS.glob("*/triton.py")))
+    in_triton = set().union(*(launched(path) for path in KERNELS.glob("*/triton*.py")))
     assert in_triton
     assert in_triton <= bounds
     in_cuda = set().union(*(functions(path) for path in sources.csrc().rglob("*.cu")))

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from hybridzoo.kernels.jit import available, jit, tl, triton
-from hybridzoo.kernels.selective_scan.triton import (
-    DTYPES,
+from hybridzoo.kernels.selective_scan.triton import DTYPES, MAX_STATES
+from hybridzoo.kernels.selective_scan.triton_fwd import (
     LOG2E,
-    MAX_STATES,
     contiguous_last,
     load_channels,
     lowest,
