@@ -19,7 +19,8 @@ NAMES = {
         "selective_scan_ends",
         "selective_scan_bwd",
         "selective_scan_carries",
-        "_kernel",
+        "_scan_kernel",
+        "_scan_backward_kernel",
         "void selective_scan_bwd_kernel<Selective_Scan_bwd_kernel_traits<128, 16, true, true>>",
     ],
     "conv": [

@@ -12,10 +12,10 @@ from training import Side, nats
 
 # part: what its kernels' names look like, on either side; the first part that fits has a kernel.
 # Before the scan come the words of cuBLAS, CUTLASS and their reductions; "selective_scan" in full,
-# as sorting an embedding's gradient uses cub's scans, and "_kernel" alone is our Triton scan.
+# as sorting an embedding's gradient uses cub's scans, and what our Triton scan's begin with.
 NAMES = {
     "projections": r"gemm|gemv|cutlass|nvjet|xmma|cublas|splitk|^aten::(mm|addmm|bmm)$",
-    "scan": r"selective_scan|^_kernel$",
+    "scan": r"selective_scan|^_scan_",
     "conv": r"conv(?!ert)",
     "norms": r"norm",
 }

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from hybridzoo.kernels.causal_conv1d import backward, causal_conv1d, reference, triton
+from hybridzoo.kernels.causal_conv1d import causal_conv1d, reference, triton, triton_bwd
 from tests.kernels.compare import check_backend, run_fwd_bwd
 from tests.kernels.interpreted import allow_cpu, check_gradient_graphs, check_graphs
 from tests.kernels.oracles import naive_conv
@@ -87,8 +87,8 @@ def check_gradient_views():
         given = (wide[:2, :, cut], state[..., cut], wide[2:, :, cut])
         given = (*given[::-1], weight, None, state[..., cut], None, True)
         copies = (None if t is None else t.contiguous() for t in given[:-1])
-        got = backward.causal_conv1d_backward(*given)
-        assert all(map(torch.equal, got, backward.causal_conv1d_backward(*copies, True)))
+        got = triton_bwd.causal_conv1d_backward(*given)
+        assert all(map(torch.equal, got, triton_bwd.causal_conv1d_backward(*copies, True)))
     x = wide[:2, :, :6].requires_grad_()
     (got,) = torch.autograd.grad(triton.run(x, weight)[0].sum(), x)
     (want,) = torch.autograd.grad(reference.run(x, weight)[0].sum(), x)
@@ -120,11 +120,13 @@ def check_gradient_packs():
         cu_seqlens, dy = pack(lengths), x.flip(1)
         dy[0, 40] = hole
         given = (call.arguments["weight"], call.arguments["bias"])
-        got = backward.causal_conv1d_backward(dy, state.flip(0), x, *given, state, cu_seqlens, True)
+        got = triton_bwd.causal_conv1d_backward(
+            dy, state.flip(0), x, *given, state, cu_seqlens, True
+        )
         places = zip(x.split(lengths, 1), dy.split(lengths, 1), state.split(1), strict=True)
         dfinals = state.flip(0).split(1)
         alone = [
-            backward.causal_conv1d_backward(dy, dfinal, x, *given, state, None, True)
+            triton_bwd.causal_conv1d_backward(dy, dfinal, x, *given, state, None, True)
             for (x, dy, state), dfinal in zip(places, dfinals, strict=True)
         ]
         same = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
@@ -138,11 +140,11 @@ def check_gradient_packs():
 
 def check_long_walks():
     """As long as where there are many programs: a walker loads more than once."""
-    least, backward.MIN_PROGRAMS = backward.MIN_PROGRAMS, 1
+    least, triton_bwd.MIN_PROGRAMS = triton_bwd.MIN_PROGRAMS, 1
     for lengths in (None, [530, 0, 40]):
         rows = {} if lengths is None else {"n_seqs": 3, "cu_seqlens": pack(lengths)}
         check((1, 570, 3, 4), torch.float32, **rows)
-    backward.MIN_PROGRAMS = least
+    triton_bwd.MIN_PROGRAMS = least
 
 
 def check_second_derivatives():

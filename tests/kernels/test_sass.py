@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from hybridzoo.kernels import sources
-from hybridzoo.kernels.causal_conv1d import backward as conv_backward
 from hybridzoo.kernels.causal_conv1d import triton as conv
+from hybridzoo.kernels.causal_conv1d import triton_bwd as conv_bwd
 from hybridzoo.kernels.causal_conv1d_step import triton as conv_step
 from hybridzoo.kernels.jit import triton
 from hybridzoo.kernels.rms_norm import triton as norm
@@ -67,7 +67,7 @@ def run_conv(b, l, i, **options):
 def run_conv_backward(b, l, i, dtype=BF16, states=0, cu_seqlens=None):
     x, weight = zeros(b, l, i, dtype=dtype), zeros(i, 4, dtype=dtype)
     state = zeros(states, 3, i, dtype=dtype) if states else None
-    conv_backward.causal_conv1d_backward(x, state, x, weight, weight[:, 0], state, cu_seqlens, True)
+    conv_bwd.causal_conv1d_backward(x, state, x, weight, weight[:, 0], state, cu_seqlens, True)
 
 
 def run_conv_step(b, i):
@@ -96,6 +96,14 @@ def options_of(i, z):
 def run_scan(b, l, i, n):
     x, *rest = scan_inputs(b, l, i, n)
     scan.run(x, *rest, **options_of(i, x))
+
+
+def run_scan_training(b, l, i, n, dtype=BF16, **changed):
+    """Forward with checkpoints, then backward."""
+    x, *rest = scan_inputs(b, l, i, n, dtype)
+    x.requires_grad_()
+    y, _ = scan.run(x, *rest, **options_of(i, x), **changed)
+    torch.autograd.grad(y, x, torch.zeros_like(y))
 
 
 def run_step(b, i, n):
@@ -132,7 +140,8 @@ def pack():
 CONV, EDGES = "causal_conv1d._conv_kernel", "causal_conv1d._conv_edges_kernel"
 CONV_BACK, CONV_SUMS = "causal_conv1d._conv_backward_kernel", "causal_conv1d._conv_sums_kernel"
 NORM_BACK, NORM_SUMS = "rms_norm._norm_backward_kernel", "rms_norm._norm_sums_kernel"
-SCAN, FWD = "selective_scan._kernel", "selective_scan.selective_scan_fwd"
+SCAN, SCAN_BWD = "selective_scan._scan_kernel", "selective_scan._scan_backward_kernel"
+FWD = "selective_scan.selective_scan_fwd"
 ENDS = "selective_scan.selective_scan_ends"
 BWD, CARRIES = "selective_scan.selective_scan_bwd", "selective_scan.selective_scan_carries"
 CASES = [
@@ -193,10 +202,38 @@ CASES = [
         lambda: scan.run(*scan_inputs(1, 9, 4096, 16), cu_seqlens=pack()),
         {SCAN: Bound(82, 22.3)},
     ),
+    # Of the back walk's four tokens, whatever the states and channels of a thread: 4 x 4 states of
+    # 32 channels, a fourth of the softplus of each at once; above 16 states half of them a thread,
+    # and softplus of each channel several times
+    Case(
+        "scan-triton-training",
+        lambda: run_scan_training(8, 4, 4096, 16),
+        {SCAN: Bound(128, 11.8), SCAN_BWD: Bound(255, 16.7, n_special=156)},
+    ),
+    Case(
+        "scan-triton-training-fp32",
+        lambda: run_scan_training(8, 4, 4096, 16, FP32),
+        {SCAN: Bound(154, 11.8), SCAN_BWD: Bound(255, 15.9, n_special=156)},
+    ),
+    Case(
+        "scan-triton-training-packed",
+        lambda: run_scan_training(1, 9, 4096, 16, cu_seqlens=pack()),
+        {SCAN: Bound(96, 17.0), SCAN_BWD: Bound(255, 16.9, n_special=156)},
+    ),
+    Case(
+        "scan-triton-training-64",
+        lambda: run_scan_training(1, 4, 4096, 64),
+        {SCAN: Bound(126, 13.1), SCAN_BWD: Bound(255, 20.9, n_special=128)},
+    ),
+    Case(
+        "scan-triton-training-256",
+        lambda: run_scan_training(1, 4, 4096, 256),
+        {SCAN: Bound(255, 12.5), SCAN_BWD: Bound(255, 23.5, n_special=128)},
+    ),
     Case(
         "scan-step",
         lambda: run_step(256, 8192, 16),
-        {"selective_scan_step._kernel": Bound(58, 14.1)},
+        {"selective_scan_step._scan_step_kernel": Bound(58, 14.1)},
     ),
     # Each mapping of choose(), by what leads to it. A walk that reads ahead across tiles needs more
     # slots than one that began anew at each did: in large blocks on sm_80, where none was timed
@@ -355,7 +392,7 @@ def no_compiler(case):
 
 
 def launched(path):
-    """Names of the kernels that a Triton backend launches: name[grid](...)."""
+    """Names of the kernels that a file of a Triton backend launches: name[grid](...)."""
     calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
     return {
         f"{path.parent.name}.{call.func.value.id}"
@@ -365,10 +402,9 @@ def launched(path):
 
 
 def test_every_kernel_has_a_case():
-    """Those of each triton.py and backward.py, and each source of csrc."""
+    """Those of each triton.py and triton_*.py, and each source of csrc."""
     bounds = {name for case in CASES for name in case.bounds}
-    paths = [path for name in ("triton", "backward") for path in KERNELS.glob(f"*/{name}.py")]
-    in_triton = set().union(*map(launched, paths))
+    in_triton = set().union(*map(launched, KERNELS.glob("*/triton*.py")))
     assert in_triton
     assert in_triton <= bounds
     in_cuda = set().union(*(functions(path) for path in sources.csrc().rglob("*.cu")))

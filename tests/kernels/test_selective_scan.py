@@ -7,7 +7,7 @@ import torch
 
 from hybridzoo.errors import BackendError
 from hybridzoo.kernels.dispatch import use
-from hybridzoo.kernels.selective_scan import backward, fwd, reference, selective_scan
+from hybridzoo.kernels.selective_scan import fwd, reference, selective_scan
 from tests.kernels.compare import (
     Call,
     assert_same,
@@ -71,6 +71,20 @@ def in_pieces(cuts, **arguments):
 def outputs(call, backend, function=selective_scan):
     with torch.no_grad(), use(selective_scan=backend):
         return function(**call.arguments)
+
+
+def gradients(call, dy, backend):
+    """Those of y, of tensors read where they lie: leaves that were copies would not be parts."""
+    given = call.having(**{n: t.detach().requires_grad_() for n, t in call.leaves().items()})
+    with use(selective_scan=backend):
+        y, _ = selective_scan(**given.arguments)
+    return torch.autograd.grad(y, list(given.leaves().values()), dy)
+
+
+def arguments_of(call):
+    """As the raw ops take them."""
+    options = {"dt_softplus": True, "dt_min": 0.0, "dt_max": 2.0}
+    return fwd.Arguments(**{n: call.arguments.get(n) for n in fwd.TENSORS}, **options)
 
 
 @pytest.fixture
@@ -172,10 +186,9 @@ def test_every_backend_packs(backend, has_state, device):
     check_backend(selective_scan, naive_selective_scan, backend, call, torch.float32)
 
 
-@pytest.mark.parametrize("cuts", [(1,), (64,), (63, 65), (1, 2, 3, 130)], ids=str)
-@every_backend
-def test_every_backend_carries_a_split_sequence(backend, cuts, device):
-    call = scan_inputs((2, 150, 12, 2, 16), torch.float32, device)
+def check_split(backend, shape, cuts, device):
+    """Outputs and every gradient, which passes through the states that pieces hand on."""
+    call = scan_inputs(shape, torch.float32, device)
     skip_unless_supported(selective_scan, backend, call)
 
     def split(**arguments):
@@ -187,6 +200,12 @@ def test_every_backend_carries_a_split_sequence(backend, cuts, device):
     assert_within(run_fwd_bwd(split, call), same_dtype, truth, torch.float32)
 
 
+@pytest.mark.parametrize("cuts", [(1,), (64,), (63, 65), (1, 2, 3, 130)], ids=str)
+@every_backend
+def test_every_backend_carries_a_split_sequence(backend, cuts, device):
+    check_split(backend, (2, 150, 12, 2, 16), cuts, device)
+
+
 @every_backend
 def test_parts_of_wider_tensors_are_read_where_they_are(backend, device):
     call = scan_inputs((2, 33, 24, 1, 16), torch.bfloat16, device)
@@ -196,9 +215,11 @@ def test_parts_of_wider_tensors_are_read_where_they_are(backend, device):
     wide = {n: torch.cat([a[n]] * k, -1) for k, n in enumerate(("x", "dt", "B", "C", "z"), 2)}
     parts = call.having(**{n: t[..., : a[n].shape[-1]] for n, t in wide.items()})
     columns = call.having(x=a["x"].mT.contiguous().mT, z=a["z"].mT.contiguous().mT)
-    want = outputs(call, backend)
+    want = (*outputs(call, backend), *gradients(call, torch.ones_like(a["x"]), backend))
+    # whose last stride is zero
+    dy = a["x"].new_ones(()).expand(a["x"].shape)
     for other in (parts, columns):
-        got = outputs(other, backend)
+        got = (*outputs(other, backend), *gradients(other, dy, backend))
         assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
@@ -273,6 +294,9 @@ def test_inputs_pass_2_to_the_31_elements(backend, far):
         views[name].copy_(call.arguments[name])
     got, want = outputs(call.having(**views), backend), outputs(call, backend)
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+    dy = torch.ones_like(call.arguments["x"])
+    got, want = gradients(call.having(**views), dy, backend), gradients(call, dy, backend)
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
 @pytest.mark.gpu
@@ -294,6 +318,28 @@ def test_outputs_pass_2_to_the_31_elements(backend):
     y_last, final_last = outputs(last, backend)
     torch.testing.assert_close(y[:, -tail:], y_last, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(final_state, final_last, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", compiled_backends)
+def test_gradients_pass_2_to_the_31_elements(backend):
+    # 2.2e9 elements, 4.5 GB a tensor of six; what comes before the tail hands it its state
+    i, l, tail = 8192, 266_000, 1000
+    device = cuda_device()
+    x, dt = (torch.randn(1, l, i, device=device, dtype=torch.bfloat16) for _ in range(2))
+    B, C = (torch.randn(1, l, 1, 4, device=device, dtype=torch.bfloat16) for _ in range(2))
+    along, A = {"x": x, "dt": dt, "B": B, "C": C}, -torch.rand(i, 4, device=device)
+    whole = Call({**along, "A": A, "dt_softplus": True})
+    skip_unless_supported(selective_scan, backend, whole)
+    dy = torch.randn(1, l, i, device=device, dtype=torch.bfloat16)
+    names = list(whole.leaves())
+    found = dict(zip(names, gradients(whole, dy, backend), strict=True))
+    head = whole.having(**{k: t[:, :-tail] for k, t in along.items()})
+    _, state = outputs(head, backend)
+    last = whole.having(**{k: t[:, -tail:] for k, t in along.items()}, initial_state=state)
+    want = dict(zip(last.leaves(), gradients(last, dy[:, -tail:], backend), strict=True))
+    for name in along:
+        torch.testing.assert_close(found[name][:, -tail:], want[name], rtol=2e-2, atol=2e-1)
 
 
 @pytest.mark.gpu
@@ -333,30 +379,58 @@ def test_exported_graphs_hold_the_scan_whole(backend, device, monkeypatch):
         torch.testing.assert_close(g, w)
 
 
+def raw_calls(device):
+    """With all options, with few, and a pack; one that fills all slots of checkpoints.
+
+    What is not written differs from run to run, which torch's checks would take for a fault.
+    """
+    call = scan_inputs((2, 9, 6, 2, 4), torch.float32, device)
+    packed = scan_inputs((1, 28, 4, 2, 3), torch.bfloat16, device, n_seqs=3)
+    packed = packed.having(cu_seqlens=pack([5, 20, 3], device))
+    return call, call.having(D=None, z=None, initial_state=None), packed
+
+
 def check_raw_op(op, call):
-    """torch's own checks of an op with the signature that backward.register takes."""
-    given = call.to(None).arguments
-    torch.library.opcheck(op, (*(given.get(n) for n in fwd.TENSORS), True, 0.0, 2.0))
+    """torch's own checks; of tensors without gradients, whose formula is not the op's."""
+    torch.library.opcheck(op, arguments_of(call))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("options", [{}, {"D": None, "initial_state": None}], ids=str)
-def test_gradients_without_a_kernel_are_a_proper_op(options, dtype):
-    call = scan_inputs((2, 9, 6, 2, 4), dtype).having(**options)
-    a, cotangents = call.arguments, outputs(call, "reference")
-    inputs = (a["x"], a["dt"], a["A"], a["B"], a["C"], a["D"], a["z"], a["dt_bias"])
-    rest = (a["initial_state"], None, True, 0.0, 2.0)
-    torch.library.opcheck(backward.selective_scan_backward, (*cotangents, *inputs, *rest))
+def check_backward_op(forward, op, call):
+    """The same of an op that takes what the forward with checkpoints found."""
+    given = arguments_of(call)
+    *cotangents, checkpoints = forward(*given)
+    torch.library.opcheck(op, (*cotangents, *given[:10], checkpoints, *given[10:]))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", compiled_backends)
 def test_raw_launches_are_proper_ops(backend):
-    call = scan_inputs((2, 9, 6, 2, 4), torch.float32, cuda_device())
+    calls = raw_calls(cuda_device())
+    skip_unless_supported(selective_scan, backend, calls[0])
+    plain, checkpointed, backward = (
+        getattr(torch.ops.hybridzoo, f"selective_scan_{backend}{kind}").default
+        for kind in ("", "_checkpointed", "_backward")
+    )
+    for each in calls:
+        check_raw_op(plain, each)
+        check_raw_op(checkpointed, each)
+        check_backward_op(checkpointed, backward, each)
+
+
+def check_second_derivative(backend, device):
+    call = scan_inputs((1, 5, 4, 1, 3), torch.float32, device)
     skip_unless_supported(selective_scan, backend, call)
-    op = getattr(torch.ops.hybridzoo, f"selective_scan_{backend}").default
-    for each in (call, call.having(D=None, z=None), packed_inputs(False, torch.bfloat16, "cuda")):
-        check_raw_op(op, each)
+    leaves = call.to(None)
+    with use(selective_scan=backend):
+        y, _ = selective_scan(**leaves.arguments)
+    (dx,) = torch.autograd.grad(y.sum(), leaves.arguments["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no autograd formula|differentiate twice"):
+        dx.sum().backward()
+
+
+@every_backend
+def test_second_derivatives_are_refused(backend, device):
+    check_second_derivative(backend, device)
 
 
 @pytest.mark.parametrize("length", [0, 1])

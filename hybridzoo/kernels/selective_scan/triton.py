@@ -1,25 +1,19 @@
-"""selective_scan in Triton: one program walks the time of a sequence for a block of channels.
-
-The states of the block stay in registers, states down and channels across, so that the sum over
-states never leaves a thread. Steps are loaded several at a time.
-"""
+"""selective_scan in Triton: its ops, and how autograd joins them."""
 
 from math import inf
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hybridzoo.kernels.jit import available, jit, tl, triton
-from hybridzoo.kernels.selective_scan import backward
+from hybridzoo.kernels.jit import available
+from hybridzoo.kernels.selective_scan import triton_bwd, triton_fwd
+from hybridzoo.kernels.selective_scan.fwd import Arguments
 
 __all__ = ["available", "run", "why_not"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_STATES = 256
-LOG2E = tl.constexpr(1.4426950408889634)
-# what fp32 drops of log2(e)
-LOG2E_REST = tl.constexpr(1.9259629911266175e-08)
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 def why_not(
@@ -60,9 +54,32 @@ def run(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `hybridzoo.kernels.selective_scan.selective_scan`."""
-    return selective_scan_triton(
-        x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, *map(float, dt_limit)
-    )
+    tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state)
+    given = (*tensors, cu_seqlens, dt_softplus, *dt_limit)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _Scan.apply(*given)
+    return selective_scan_triton(*given)
+
+
+class _Scan(torch.autograd.Function):
+    """The ops below, joined: torch's formulas for a custom op would take the host twice as long.
+
+    A second derivative raises, as the backward's op has no formula.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
+        y, final_state, checkpoints = selective_scan_triton_checkpointed(*given)
+        ctx.save_for_backward(*given[:10], checkpoints)
+        ctx.options = given[10:]
+        return y, final_state
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        grads = selective_scan_triton_backward(*cotangents, *tensors, *ctx.options)
+        present = (None if t is None else g for t, g in zip(tensors[:9], grads, strict=True))
+        return *present, None, None, None, None
 
 
 @torch.library.custom_op("hybridzoo::selective_scan_triton", mutates_args=())
@@ -81,196 +98,98 @@ def selective_scan_triton(
     dt_min: float,
     dt_max: float,
 ) -> tuple[Tensor, Tensor]:
-    """The launch: y and final_state."""
-    y, final_state = _outputs(x, A, cu_seqlens)
-    if final_state.numel() == 0:
-        return y, final_state
-    x, dt, A, B, C, D, z, dt_bias, initial_state = contiguous_last(
-        x, dt, A, B, C, D, z, dt_bias, initial_state
+    """The scan without gradients; dt_min and dt_max are the contract's dt_limit."""
+    given = Arguments(
+        x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_min, dt_max
     )
-    gate = x if z is None else z
-    start = final_state if initial_state is None else initial_state
-    n_groups, n_padded = B.shape[2], triton.next_power_of_2(A.shape[1])
-    group_width = x.shape[2] // n_groups
-    block = _block(final_state.shape[0] * x.shape[2], n_padded)
-    n_programs = final_state.shape[0] * n_groups * triton.cdiv(group_width, block)
-    with torch.cuda.device_of(x):
-        _kernel[(n_programs,)](
-            x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, y, final_state,
-            x.shape[1], n_groups, group_width, lowest(dt_min, dt_max), dt_max,
-            *x.stride()[:2], *dt.stride()[:2], A.stride(0), *B.stride()[:3], *C.stride()[:3],
-            *gate.stride()[:2], *start.stride()[:2],
-            N=A.shape[1], N_PAD=n_padded, BLOCK=block, STEPS=4 if n_padded <= 16 else 2,
-            SOFTPLUS=dt_softplus, num_warps=1,
-        )  # fmt: skip
+    y, final_state, _ = triton_fwd.launch(given)
     return y, final_state
 
 
 @selective_scan_triton.register_fake
-def _(x: Tensor, dt: Tensor, A: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    cu_seqlens = rest[6]
-    assert cu_seqlens is None or isinstance(cu_seqlens, Tensor)
-    return _outputs(x, A, cu_seqlens)
+def _(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *options: object,
+) -> tuple[Tensor, Tensor]:
+    y, final_state, _ = triton_fwd.outputs(x, A, cu_seqlens, has_checkpoints=False)
+    return y, final_state
 
 
-backward.register(selective_scan_triton)
+@torch.library.custom_op("hybridzoo::selective_scan_triton_checkpointed", mutates_args=())
+def selective_scan_triton_checkpointed(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The scan, and the states that its backward starts from: see `triton_fwd.launch`."""
+    given = Arguments(
+        x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_min, dt_max
+    )
+    return triton_fwd.launch(given, has_checkpoints=True)
 
 
-def _outputs(x: Tensor, A: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    y = x.new_empty(x.shape)
-    return y, x.new_empty((rows, *A.shape), dtype=torch.float32)
+@selective_scan_triton_checkpointed.register_fake
+def _(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *options: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return triton_fwd.outputs(x, A, cu_seqlens, has_checkpoints=True)
 
 
-def contiguous_last(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors as they are, but copies of those whose last dimension is not contiguous."""
-    return [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tensors]
+@torch.library.custom_op("hybridzoo::selective_scan_triton_backward", mutates_args=())
+def selective_scan_triton_backward(
+    dy: Tensor,
+    dfinal_state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    checkpoints: Tensor,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+) -> list[Tensor]:
+    """Gradients of the first nine tensors of the scan; an absent one's is empty."""
+    given = Arguments(
+        x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_min, dt_max
+    )
+    return triton_bwd.launch(given, dy, dfinal_state, checkpoints)
 
 
-def lowest(dt_min: float, dt_max: float) -> float:
-    """The lower bound: as in dt.py, the default is none, also for steps without a softplus."""
-    return -inf if (dt_min, dt_max) == (0.0, inf) else dt_min
-
-
-def _block(n_channels: int, n_padded: int) -> int:
-    """Channels of a program: fewer where there are few in all, for more programs."""
-    wanted = 32 if n_channels >= 2**15 else 16 if n_channels >= 2**14 else 8
-    # else the states of one warp spill
-    return wanted if n_padded <= 64 else min(wanted, 1024 // n_padded)
-
-
-@jit
-def softplus(v):
-    """log(1 + e^v) to some units in the last place, however small: log(1 + e) is not.
-
-    With s = e / (2 + e), log(1 + e) = 2 atanh(s), whose series ends early as s <= 1/3.
-    """
-    # below -104 it is zero in fp32
-    low = tl.maximum(-tl.abs(v), -104.0, propagate_nan=tl.PropagateNan.ALL)
-    power = low * LOG2E
-    rest = tl.fma(low, LOG2E, -power) + low * LOG2E_REST
-    e = tl.exp2(power)
-    e = tl.fma(e, rest * LN2, e)
-    s = e / (2.0 + e)
-    s2 = s * s
-    series = 1 / 13 + s2 * (1 / 15)
-    series = 1 / 9 + s2 * (1 / 11 + s2 * series)
-    series = 1 / 5 + s2 * (1 / 7 + s2 * series)
-    series = 1.0 + s2 * (1 / 3 + s2 * series)
-    return tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL) + 2.0 * s * series
-
-
-@jit
-def step_size(dt, bias, dt_min, dt_max, SOFTPLUS: tl.constexpr):
-    """What hybridzoo/kernels/dt.py computes, in fp32."""
-    dt = dt.to(tl.float32) + bias
-    if SOFTPLUS:
-        dt = softplus(dt)
-    dt = tl.maximum(dt, dt_min, propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(dt, dt_max, propagate_nan=tl.PropagateNan.ALL)
-
-
-@jit
-def silu(z):
-    """Z / (1 + e^-z), in fp32."""
-    z = z.to(tl.float32)
-    return z / (1.0 + tl.exp2(z * -LOG2E))
-
-
-@jit
-def load_channels(ptr, channels, mask):
-    """A vector of weights a channel in fp32; zeros where there is none."""
-    # no early return: Triton would compile what follows it as well
-    if ptr is None:
-        loaded = tl.zeros(channels.shape, tl.float32)
-    else:
-        loaded = tl.load(ptr + channels, mask, 0.0).to(tl.float32)
-    return loaded
-
-
-@jit
-def place(n_groups, group_width, BLOCK: tl.constexpr):
-    """A program's row and group, 64 bits as tokens times a stride pass 2^31, and its channels."""
-    n_blocks = tl.cdiv(group_width, BLOCK)
-    program = tl.program_id(0)
-    row = (program // n_blocks // n_groups).to(tl.int64)
-    group = (program // n_blocks % n_groups).to(tl.int64)
-    own = program % n_blocks * BLOCK + tl.arange(0, BLOCK)
-    return row, group, group * group_width + own, own < group_width
-
-
-@jit
-def _tokens(cu_ptr, sequence, length):
-    """First token, the one behind the last, and the batch row of a sequence."""
-    if cu_ptr is None:
-        first, last, row = sequence * 0, sequence * 0 + length, sequence
-    else:
-        first = tl.load(cu_ptr + sequence).to(tl.int64)
-        last = tl.load(cu_ptr + sequence + 1).to(tl.int64)
-        row = sequence * 0
-    return first, last, row
-
-
-@jit
-def _load_tile(ptr, offset, stride, channels, states, tile):
-    """States down, channels across, in fp32; zeros where there are none."""
-    if ptr is None:
-        loaded = tl.zeros(tile.shape, tl.float32)
-    else:
-        places = ptr + offset + channels[None, :] * stride + states[:, None]
-        loaded = tl.load(places, tile, 0.0).to(tl.float32)
-    return loaded
-
-
-@jit
-def _load_steps(ptr, stride, columns, mask, start, last, STEPS: tl.constexpr):
-    """Rows start to start + STEPS - 1 of (l, columns), zeros from `last` on."""
-    rows = ()
-    for k in tl.static_range(STEPS):
-        row = ptr + (start + k) * stride
-        # Triton compiles no star in a tuple
-        rows = rows + (tl.load(row + columns, mask & (start + k < last), 0.0),)  # noqa: RUF005
-    return rows
-
-
-@jit(do_not_specialize=["length"])
-def _kernel(
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, initial_ptr, cu_ptr, y_ptr,
-    final_ptr, length, n_groups, group_width, dt_min, dt_max,
-    x_b, x_l, dt_b, dt_l, A_i, B_b, B_l, B_g, C_b, C_l, C_g, z_b, z_l, initial_b, initial_i,
-    N: tl.constexpr, N_PAD: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-):  # fmt: skip
-    sequence, group, channels, mask = place(n_groups, group_width, BLOCK)
-    first, last, row = _tokens(cu_ptr, sequence, length)
-    states, width = tl.arange(0, N_PAD), n_groups * group_width
-    has_state = states < N
-    tile = has_state[:, None] & mask[None, :]
-    A = _load_tile(A_ptr, 0, A_i, channels, states, tile) * LOG2E
-    h = _load_tile(initial_ptr, sequence * initial_b, initial_i, channels, states, tile)
-    D, bias = load_channels(D_ptr, channels, mask), load_channels(bias_ptr, channels, mask)
-    x_ptr, dt_ptr = x_ptr + row * x_b, dt_ptr + row * dt_b
-    B_ptr, C_ptr = B_ptr + row * B_b + group * B_g, C_ptr + row * C_b + group * C_g
-    y_ptr += row * length * width
-    for start in range(first, last, STEPS):
-        # loads first, stores last: STEPS steps are on their way at once
-        xs = _load_steps(x_ptr, x_l, channels, mask, start, last, STEPS)
-        dts = _load_steps(dt_ptr, dt_l, channels, mask, start, last, STEPS)
-        Bs = _load_steps(B_ptr, B_l, states, has_state, start, last, STEPS)
-        Cs = _load_steps(C_ptr, C_l, states, has_state, start, last, STEPS)
-        if z_ptr is not None:
-            zs = _load_steps(z_ptr + row * z_b, z_l, channels, mask, start, last, STEPS)
-        for k in tl.static_range(STEPS):
-            x = xs[k].to(tl.float32)
-            dt = step_size(dts[k], bias, dt_min, dt_max, SOFTPLUS)
-            # a step of zero leaves the state as it is
-            dt = tl.where(start + k < last, dt, 0.0)
-            B, C = Bs[k].to(tl.float32), Cs[k].to(tl.float32)
-            h = tl.exp2(A * dt[None, :]) * h + B[:, None] * (dt * x)[None, :]
-            y = tl.sum(h * C[:, None], 0) + D * x
-            if z_ptr is not None:
-                y *= silu(zs[k])
-            out = y_ptr + (start + k) * width + channels
-            tl.store(out, y.to(y_ptr.dtype.element_ty), mask & (start + k < last))
-    after = final_ptr + (sequence * width + channels[None, :]) * N + states[:, None]
-    tl.store(after, h, tile)
+@selective_scan_triton_backward.register_fake
+def _(dy: Tensor, dfinal_state: Tensor, *given: Any) -> list[Tensor]:
+    return [dy.new_empty(0) if t is None else t.new_empty(t.shape) for t in given[:9]]

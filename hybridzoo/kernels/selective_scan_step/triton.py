@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from hybridzoo.kernels.jit import available, jit, tl, triton
-from hybridzoo.kernels.selective_scan.triton import (
-    DTYPES,
+from hybridzoo.kernels.selective_scan.triton import DTYPES, MAX_STATES
+from hybridzoo.kernels.selective_scan.triton_fwd import (
     LOG2E,
-    MAX_STATES,
     contiguous_last,
     load_channels,
     lowest,
@@ -108,7 +107,7 @@ def selective_scan_step_triton(
     n_blocks = n_groups * triton.cdiv(group_width, block)
     per_program = min(MAX_SEQUENCES, max(1, x.shape[0] * n_blocks // MIN_PROGRAMS))
     with torch.cuda.device_of(x):
-        _kernel[(n_blocks * triton.cdiv(x.shape[0], per_program),)](
+        _scan_step_kernel[(n_blocks * triton.cdiv(x.shape[0], per_program),)](
             x, ssm_state, dt, A, B, C, D, z, dt_bias, slots, y,
             x.shape[0], per_program, n_groups, group_width, lowest(dt_min, dt_max), dt_max,
             x.stride(0), *ssm_state.stride()[:2], dt.stride(0), A.stride(0), *B.stride()[:2],
@@ -125,7 +124,7 @@ def _(x: Tensor, *_: object) -> Tensor:
 
 
 @jit(do_not_specialize=["n_seqs", "per_program"])
-def _kernel(
+def _scan_step_kernel(
     x_ptr, state_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, slots_ptr, y_ptr,
     n_seqs, per_program, n_groups, group_width, dt_min, dt_max,
     x_b, state_b, state_i, dt_b, A_i, B_b, B_g, C_b, C_g, z_b, slots_b,
