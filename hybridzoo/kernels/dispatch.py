@@ -123,6 +123,11 @@ def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False)
 
 
+def needs_gradient(*inputs: torch.Tensor | None) -> bool:
+    """Whether autograd records a call with these inputs."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What torch.autocast casts products to here, or None where the caller is not under it."""
     # torch refuses the question for devices such as "meta"

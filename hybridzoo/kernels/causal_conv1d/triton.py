@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridzoo.kernels.adjoint import needs_gradient
 from hybridzoo.kernels.causal_conv1d.taps import (
     append,
     load_past,
@@ -16,6 +15,7 @@ from hybridzoo.kernels.causal_conv1d.taps import (
     weigh,
 )
 from hybridzoo.kernels.causal_conv1d.triton_bwd import causal_conv1d_backward
+from hybridzoo.kernels.dispatch import needs_gradient
 from hybridzoo.kernels.jit import available, jit, tl, triton
 
 # rows whose loads are in flight together

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hybridzoo.kernels import partials
-from hybridzoo.kernels.adjoint import needs_gradient
+from hybridzoo.kernels.dispatch import needs_gradient
 from hybridzoo.kernels.jit import available, jit, tl, triton
 from hybridzoo.kernels.partials import column_sums
 

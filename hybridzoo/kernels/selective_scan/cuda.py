@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hybridzoo.kernels import loader
-from hybridzoo.kernels.adjoint import needs_gradient
+from hybridzoo.kernels.dispatch import needs_gradient
 from hybridzoo.kernels.selective_scan import bwd, fwd
 
 MAX_STATES = 64
