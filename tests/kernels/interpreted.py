@@ -1,7 +1,7 @@
-"""Run the cases of one op in Triton's interpreter: python -m tests.kernels.interpreted <op>.
+"""Run cases of one op in Triton's interpreter: python -m tests.kernels.interpreted <op> quick|slow.
 
 Cases are those of `tests/kernels/interpreted_<op>.py`: its `cases()` yields (name, callable), and
-a callable raises where its kernel is wrong. TRITON_INTERPRET must be 1 before Triton is imported,
+a callable raises where its kernel is wrong; those named in its `SLOW`, if it has one, are slow. TRITON_INTERPRET must be 1 before Triton is imported,
 hence a process of its own; `test_interpreted.py` starts one an op.
 """
 
@@ -77,14 +77,16 @@ def check_gradient_graphs(function, call):
     assert torch.equal(exported(x)[0], model(x)[0])
 
 
-def main(op):
+def main(op, part):
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise SystemExit("TRITON_INTERPRET is not 1; tests/kernels/test_interpreted.py sets it.")
     # fills what torch.empty returns with NaN, as tests/conftest.py does elsewhere
     torch.use_deterministic_algorithms(True)
     count_loops_by_tensors()
-    n_cases = 0
-    for name, case in importlib.import_module(f"tests.kernels.interpreted_{op}").cases():
+    n_cases, module = 0, importlib.import_module(f"tests.kernels.interpreted_{op}")
+    for name, case in module.cases():
+        if (name in getattr(module, "SLOW", ())) != (part == "slow"):
+            continue
         # before it runs: the last line names the case of a traceback, and of a hang
         sys.stderr.write(f"{op}: {name}\n")
         case()

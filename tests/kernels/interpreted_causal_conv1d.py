@@ -20,6 +20,9 @@ SHAPES = [(2, 7, 5, 4), (2, 9, 6, 3), (1, 2, 300, 4), (2, 0, 5, 2), (1, 21, 3, 2
 allow_cpu(triton)
 
 
+SLOW = ("gradients of packs", "repeats", "opcheck")
+
+
 def check(shape, dtype, n_seqs=None, **changed):
     call = conv_inputs(shape, dtype, n_seqs=n_seqs).having(**changed)
     check_backend(causal_conv1d, naive_conv, "triton", call, dtype)

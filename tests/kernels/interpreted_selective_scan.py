@@ -41,6 +41,9 @@ LENGTHS = [0, 5, 0, 1, 19, 16, 2, 0]
 allow_cpu(triton)
 
 
+SLOW = ("opcheck", "(2, 6, 80, 2, 20)", "(1, 37, 35, 1, 1)", "mixed")
+
+
 def check(call, dtype=torch.float32):
     """Outputs, final state and every gradient."""
     check_backend(selective_scan, naive_selective_scan, "triton", call, dtype)

@@ -103,6 +103,7 @@ def test_options_are_those_of_the_reference(kernels, given, n_segments):
     assert_near(gradients(given, Mapping(1, 32, 8, n_segments)), truth(given))
 
 
+@pytest.mark.slow
 def test_a_block_of_eight_warps_adds_up_its_parts(kernels):
     given = made(1, 40, 136, 16)
     assert_near(gradients(given, Mapping(8, 32, 8)), truth(given))
@@ -294,6 +295,7 @@ def test_compiled_graphs_hold_the_scan_whole(monkeypatch, folder):
         torch.testing.assert_close(g, w)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", [{}, {"D": None, "z": None, "initial_state": None}], ids=str)
 def test_ops_are_proper(hopper, changed):
     given = made(2, 9, 8, 16, **changed)

@@ -11,18 +11,27 @@ import pytest
 from hybridzoo.kernels.jit import triton
 
 HERE = Path(__file__).parent
-OPS = sorted(path.stem.removeprefix("interpreted_") for path in HERE.glob("interpreted_*.py"))
+FILES = {path.stem.removeprefix("interpreted_"): path for path in HERE.glob("interpreted_*.py")}
+OPS = sorted(FILES)
+PARTS = [
+    *((op, "quick") for op in OPS),
+    *(
+        pytest.param(op, "slow", marks=pytest.mark.slow)
+        for op in OPS
+        if re.search(r"^SLOW = ", FILES[op].read_text(), re.MULTILINE)
+    ),
+]
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_interpreted_kernels_are_right(op):
+@pytest.mark.parametrize(("op", "part"), PARTS)
+def test_interpreted_kernels_are_right(op, part):
     if triton is None:
         pytest.skip("triton is not installed")
     # scripts/install.sh brings 3.6; interpreters since refuse masks that a GPU takes
     if not triton.__version__.startswith("3.6."):
         pytest.skip(f"the interpreter of Triton {triton.__version__} is not that of 3.6")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.interpreted", op],
+        [sys.executable, "-m", "tests.kernels.interpreted", op, part],
         cwd=HERE.parents[1],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
