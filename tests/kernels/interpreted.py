@@ -1,8 +1,9 @@
 """Run cases of one op in Triton's interpreter: python -m tests.kernels.interpreted <op> quick|slow.
 
 Cases are those of `tests/kernels/interpreted_<op>.py`: its `cases()` yields (name, callable), and
-a callable raises where its kernel is wrong; those named in its `SLOW`, if it has one, are slow. TRITON_INTERPRET must be 1 before Triton is imported,
-hence a process of its own; `test_interpreted.py` starts one an op.
+a callable raises where its kernel is wrong; those named in its `SLOW`, if it has one, are slow.
+TRITON_INTERPRET must be 1 before Triton is imported, hence a process of its own;
+`test_interpreted.py` starts one an op and part.
 """
 
 import importlib
