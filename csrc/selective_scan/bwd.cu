@@ -5,28 +5,29 @@
 //     dh[t] = C[t] g[t] + a[t+1] dh[t+1]                  (behind the last token dfinal_state)
 //     w[t] = a[t] dh[t] h[t-1]        u[t] = sum over states of B[t] dh[t]
 //     dx[t] = dt[t] u[t] + D g[t]     ddt[t] = x[t] u[t] + sum over states of A w[t]
-//     dB[t] = sum over channels of dt[t] x[t] dh[t]       dC[t] = sum over channels of g[t] h[t]
-//     dA = sum over time of dt[t] w[t]       dD = sum of g[t] x[t]       d(initial_state) = a[0]
-//     dh[0]
+//     dB[t] = sum over channels of dt[t] x[t] dh[t]
+//     dC[t] = sum over channels of g[t] h[t]
+//     dA = sum over time of dt[t] w[t], dD of g[t] x[t], dinitial_state = a[0] dh[0]
 //
 // and ddt reaches dt and dt_bias through the limits and softplus. Time runs backwards, a tile of T
 // tokens at a time. A thread has CPT channels and SPT states of each; LANES lanes share a channel.
 // A tile's states are walked from the forward's checkpoint: once to know the state before each of
 // its SUB tokens, and again SUB tokens at a time, whose states and decays then lie in registers for
-// the walk back over them. Instructions are the limit, and the sums over lanes would be a fifth of
-// them: a lane gives half of what it has to another and gets the other half of that one's, until
-// one is left. So that nothing need be selected, each lane numbers its channels and its states in
-// an order of its own (`Order`), and shared memory has B and C in each of these orders. What is of
-// an element and not of a state is done once: prepare() makes (dt, dt x, g, slope of the step) of
-// it before the walks, and finish() the gradients of x, dt and z behind each SUB tokens.
+// the walk back over them. Instructions and what shared memory hands out are the limits, and the
+// sums over lanes would be a fifth of both: a lane gives half of what it has to another and gets
+// the other half of that one's, until one is left. So that nothing need be selected, each lane
+// numbers its channels and its states in an order of its own (`order_of`), and shared memory has B
+// and C in each of these orders. What is of an element and not of a state is done once: prepare()
+// makes (dt, dt x, g, slope of the step) of it before the walks, and finish() the gradients of x,
+// dt and z behind each SUB tokens.
 //
 // Warps have channels of their own and share B and C. Their parts of dB and dC are added in shared
-// memory in the order of warps, and of blocks by whoever launched; there is no atomic.
+// memory in the order of warps, and those of blocks by whoever launched; there is no atomic.
 //
 // A long sequence with few channels is cut into segments of whole tiles, which run side by side:
-// selective_scan_carries, compiled with CARRIES = 1, finds the a[t] dh[t] with which each would
-// begin had nothing come from behind it, and its sum of step sizes, of which the decay over it is
-// made.
+// selective_scan_carries, compiled with CARRIES = 1, finds the a[t] dh[t] that each would hand to
+// the one before it had nothing come from behind, and its sum of step sizes, of which the decay
+// over it is made.
 //
 //   DTYPE ALIGNED   see io.cuh
 //   SPT CPT LANES   states and channels a thread, lanes a channel; SPT * LANES >= d_state
@@ -338,25 +339,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 float B_now[SPT], C_now[SPT];
                 read_map(B_now, shared.B, token);
                 read_map(C_now, shared.C, token);
-                float dB_now[SPT], dC_now[SPT], sum_y[CPT], sum_h[CPT], sum_A[CPT];
+                float dB_now[SPT], dC_now[SPT], p[CPT], u[CPT], Aw[CPT];
 #pragma unroll
                 for (int k = 0; k < CPT; ++k) {
                     const float4 now = element(first, t, k);
-                    float y = 0.0f, u = 0.0f, decays = 0.0f;
 #pragma unroll
                     for (int n = 0; n < SPT; ++n) {
                         const float h = state[t + 1][k][n];
                         const float dh = fmaf(C_now[n], now.z, carry[k][n]);
                         dC_now[n] = k ? fmaf(now.z, h, dC_now[n]) : now.z * h;
                         dB_now[n] = k ? fmaf(now.y, dh, dB_now[n]) : now.y * dh;
-                        y = n ? fmaf(C_now[n], h, y) : C_now[n] * h;
-                        u = n ? fmaf(B_now[n], dh, u) : B_now[n] * dh;
+                        p[k] = n ? fmaf(C_now[n], h, p[k]) : C_now[n] * h;
+                        u[k] = n ? fmaf(B_now[n], dh, u[k]) : B_now[n] * dh;
                         carry[k][n] = decay[t][k][n] * dh;
                         const float w = carry[k][n] * state[t][k][n];
-                        decays = n ? fmaf(log_decay[k][n], w, decays) : log_decay[k][n] * w;
+                        Aw[k] = n ? fmaf(log_decay[k][n], w, Aw[k]) : log_decay[k][n] * w;
                         dA_tile[k][n] = fmaf(now.x, w, dA_tile[k][n]);
                     }
-                    sum_y[k] = y, sum_h[k] = u, sum_A[k] = decays;
                 }
 #if PACKED
                 if (__builtin_expect(starts >> token & 1, 0)) {
@@ -369,10 +368,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 sum_over_lanes<STATE_BITS, CHANNEL_BITS>(dB_now);
                 sum_over_lanes<STATE_BITS, CHANNEL_BITS>(dC_now);
 #if GATED
-                sum_over_lanes<0, STATE_BITS>(sum_y);
+                sum_over_lanes<0, STATE_BITS>(p);
 #endif
-                sum_over_lanes<0, STATE_BITS>(sum_h);
-                sum_over_lanes<0, STATE_BITS>(sum_A);
+                sum_over_lanes<0, STATE_BITS>(u);
+                sum_over_lanes<0, STATE_BITS>(Aw);
                 if (lane >> (STATE_BITS + ORDER_BITS) == 0)
 #pragma unroll
                     for (int n = 0; n < KEPT_STATES; ++n) {
@@ -384,7 +383,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
                     for (int k = 0; k < KEPT_CHANNELS; ++k)
                         (shared.sum[warp] + place[k])[place_of(t, 0)] =
-                            make_float4(sum_y[k], sum_h[k], sum_A[k], 0.0f);
+                            make_float4(p[k], u[k], Aw[k], 0.0f);
             }
             __syncwarp();
             out -= SUB * n_channels;
