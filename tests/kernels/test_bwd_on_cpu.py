@@ -166,6 +166,14 @@ def test_extreme_steps_are_those_of_the_reference(kernels, dt, limits, n_segment
         torch.testing.assert_close(got[name], grad, rtol=1e-4, atol=2e-4, equal_nan=True, msg=name)
 
 
+def test_a_batch_of_no_rows_launches_nothing(monkeypatch):
+    monkeypatch.setattr(fwd.loader, "load", lambda *_: pytest.fail("it launches"))
+    given = made(0, 40, 8, 16)
+    found = bwd.launch(given, *cotangents(given), torch.zeros(0, 2, 8, 16), Mapping(1, 32, 8))
+    assert [t.shape for t in found] == [t.shape for t in given[:9]]
+    assert not found[2].any()
+
+
 def test_gradients_are_read_where_they_are(kernels):
     """Parts of a wider dy, and one number for all, as a sum gives it."""
     given, mapping = made(1, 40, 8, 16), Mapping(1, 32, 8)

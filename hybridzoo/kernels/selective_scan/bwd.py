@@ -237,7 +237,8 @@ def _plan(
     blocks, shared = _n_blocks(mapping, b, i, n, groups), _shared_bytes(mapping, n)
     kernels = []
     for name, is_carries, grid_y in (("carries", 1, n_segments - 1), ("bwd", 0, n_segments)):
-        if grid_y:
+        # a batch of no rows has nothing to walk
+        if grid_y and blocks:
             kernel = loader.load(
                 SOURCE, f"selective_scan_{name}", {**macros, "CARRIES": is_carries}, device
             )
