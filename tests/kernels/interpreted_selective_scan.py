@@ -132,19 +132,19 @@ def checkpoints():
 
 
 def only_gradients_need_checkpoints():
-    known, asked = triton_fwd.launch, []
+    known, asked = triton.selective_scan_triton, []
 
-    def launch(given, has_checkpoints=False):
-        asked.append(has_checkpoints)
-        return known(given, has_checkpoints)
+    def scan(*given):
+        asked.append(given[-1])
+        return known(*given)
 
-    triton_fwd.launch = launch
+    triton.selective_scan_triton = scan
     call = scan_inputs((1, 5, 3, 1, 2), torch.float32)
     triton.run(**call.arguments)
     with torch.no_grad():
         triton.run(**call.to(None).arguments)
     triton.run(**call.to(None).arguments)
-    triton_fwd.launch = known
+    triton.selective_scan_triton = known
     assert asked == [False, False, True]
 
 
@@ -188,14 +188,6 @@ def cases():
         yield f"split {cuts}", partial(check_split, "triton", (1, 21, 4, 2, 3), cuts, "cpu")
     yield "second derivative", partial(check_second_derivative, "triton", "cpu")
     for call in raw_calls("cpu"):
-        for op in (triton.selective_scan_triton, triton.selective_scan_triton_checkpointed):
-            yield "opcheck", partial(check_raw_op, op, call)
-        yield (
-            "opcheck",
-            partial(
-                check_backward_op,
-                triton.selective_scan_triton_checkpointed,
-                triton.selective_scan_triton_backward,
-                call,
-            ),
-        )
+        forward, backward = triton.selective_scan_triton, triton.selective_scan_triton_backward
+        yield "opcheck", partial(check_raw_op, forward, call)
+        yield "opcheck", partial(check_backward_op, forward, backward, call)

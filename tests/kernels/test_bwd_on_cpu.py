@@ -310,8 +310,8 @@ def test_compiled_graphs_hold_the_scan_whole(monkeypatch, folder):
 def test_ops_are_proper(hopper, changed):
     given = made(2, 9, 8, 16, **changed)
     checked = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(cuda.selective_scan_cuda_checkpointed, given, test_utils=checked)
-    _, _, checkpoints = cuda.selective_scan_cuda_checkpointed(*given)
+    torch.library.opcheck(cuda.selective_scan_cuda, (*given, True), test_utils=checked)
+    _, _, checkpoints = cuda.selective_scan_cuda(*given, True)
     inputs = (*cotangents(given), *given[:10], checkpoints, *given[10:])
     torch.library.opcheck(cuda.selective_scan_cuda_backward, inputs, test_utils=checked)
 

@@ -392,13 +392,14 @@ def raw_calls(device):
 
 def check_raw_op(op, call):
     """torch's own checks; of tensors without gradients, whose formula is not the op's."""
-    torch.library.opcheck(op, arguments_of(call))
+    for has_checkpoints in (False, True):
+        torch.library.opcheck(op, (*arguments_of(call), has_checkpoints))
 
 
 def check_backward_op(forward, op, call):
     """The same of an op that takes what the forward with checkpoints found."""
     given = arguments_of(call)
-    *cotangents, checkpoints = forward(*given)
+    *cotangents, checkpoints = forward(*given, True)
     torch.library.opcheck(op, (*cotangents, *given[:10], checkpoints, *given[10:]))
 
 
@@ -407,14 +408,13 @@ def check_backward_op(forward, op, call):
 def test_raw_launches_are_proper_ops(backend):
     calls = raw_calls(cuda_device())
     skip_unless_supported(selective_scan, backend, calls[0])
-    plain, checkpointed, backward = (
+    forward, backward = (
         getattr(torch.ops.hybridzoo, f"selective_scan_{backend}{kind}").default
-        for kind in ("", "_checkpointed", "_backward")
+        for kind in ("", "_backward")
     )
     for each in calls:
-        check_raw_op(plain, each)
-        check_raw_op(checkpointed, each)
-        check_backward_op(checkpointed, backward, each)
+        check_raw_op(forward, each)
+        check_backward_op(forward, backward, each)
 
 
 def check_second_derivative(backend, device):

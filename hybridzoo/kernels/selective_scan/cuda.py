@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hybridzoo.kernels import loader
 from hybridzoo.kernels.dispatch import needs_gradient
-from hybridzoo.kernels.selective_scan import bwd, fwd
+from hybridzoo.kernels.selective_scan import bwd, fwd, ops
 
 MAX_STATES = 64
 
@@ -53,7 +53,10 @@ def run(
     """See `hybridzoo.kernels.selective_scan.selective_scan`."""
     tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state)
     given = (*tensors, cu_seqlens, dt_softplus, *dt_limit)
-    return (_Differentiable.apply if needs_gradient(*tensors) else selective_scan_cuda)(*given)
+    if needs_gradient(*tensors):
+        return _Differentiable.apply(*given)
+    y, final_state, _ = selective_scan_cuda(*given, False)
+    return y, final_state
 
 
 class _Differentiable(torch.autograd.Function):
@@ -61,7 +64,7 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
-        y, final_state, checkpoints = selective_scan_cuda_checkpointed(*given)
+        y, final_state, checkpoints = selective_scan_cuda(*given, True)
         ctx.save_for_backward(*given[:10], checkpoints)
         ctx.options = given[10:]
         # the state may end here
@@ -79,123 +82,23 @@ class _Differentiable(torch.autograd.Function):
         return *present, None, None, None, None
 
 
-@torch.library.custom_op("hybridzoo::selective_scan_cuda", mutates_args=())
-def selective_scan_cuda(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float,
-) -> tuple[Tensor, Tensor]:
-    """The scan without gradients; dt_min and dt_max are the contract's dt_limit."""
-    given = fwd.Arguments(
-        x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_min, dt_max
-    )
-    mapping = fwd.choose(x.shape, A.shape[1], x.device, B.shape[2])
-    y, final_state, _ = fwd.launch(given, mapping)
-    return y, final_state
+def _launch(given: fwd.Arguments[Tensor], has_checkpoints: bool) -> ops.Outputs:
+    x, n = given.x, given.A.shape[1]
+    mapping = fwd.choose(x.shape, n, x.device, given.B.shape[2])
+    return fwd.launch(given, mapping, bwd.distance(n) if has_checkpoints else 0)
 
 
-@selective_scan_cuda.register_fake
-def _(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    *options: object,
-) -> tuple[Tensor, Tensor]:
-    rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return x.new_empty(x.shape), A.new_empty((rows, *A.shape), dtype=torch.float32)
+def _outputs(x: Tensor, A: Tensor, cu_seqlens: Tensor | None, has_checkpoints: bool) -> ops.Outputs:
+    return fwd.outputs(x, A, cu_seqlens, bwd.distance(A.shape[1]) if has_checkpoints else 0)
 
 
-@torch.library.custom_op("hybridzoo::selective_scan_cuda_checkpointed", mutates_args=())
-def selective_scan_cuda_checkpointed(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The scan, and the states that its backward starts from: (b, checkpoints, i, n), fp32."""
-    given = fwd.Arguments(
-        x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_min, dt_max
-    )
-    mapping = fwd.choose(x.shape, A.shape[1], x.device, B.shape[2])
-    return fwd.launch(given, mapping, bwd.distance(A.shape[1]))
-
-
-@selective_scan_cuda_checkpointed.register_fake
-def _(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    *options: object,
-) -> tuple[Tensor, Tensor, Tensor]:
-    y, final_state = selective_scan_cuda(
-        x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, *options
-    )
-    every = bwd.distance(A.shape[1])
-    n_checkpoints = (x.shape[1] + every - 1) // every
-    return y, final_state, final_state.new_empty((x.shape[0], n_checkpoints, *A.shape))
-
-
-@torch.library.custom_op("hybridzoo::selective_scan_cuda_backward", mutates_args=())
-def selective_scan_cuda_backward(
-    dy: Tensor,
-    dfinal_state: Tensor | None,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    checkpoints: Tensor,
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float,
+def _launch_backward(
+    given: fwd.Arguments[Tensor], dy: Tensor, dfinal_state: Tensor | None, checkpoints: Tensor
 ) -> list[Tensor]:
-    """Gradients of the first nine tensors of the scan; an absent one's is empty."""
-    given = fwd.Arguments(
-        x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_min, dt_max
-    )
-    is_packed = cu_seqlens is not None
-    mapping = bwd.choose(x.shape, A.shape[1], x.device, B.shape[2], is_packed=is_packed)
+    x, is_packed = given.x, given.cu_seqlens is not None
+    mapping = bwd.choose(x.shape, given.A.shape[1], x.device, given.B.shape[2], is_packed=is_packed)
     return bwd.launch(given, dy, dfinal_state, checkpoints, mapping)
 
 
-@selective_scan_cuda_backward.register_fake
-def _(dy: Tensor, dfinal_state: Tensor | None, *given: Any) -> list[Tensor]:
-    return [dy.new_empty(0) if t is None else t.new_empty(t.shape) for t in given[:9]]
+selective_scan_cuda = ops.define_forward("cuda", _launch, _outputs)
+selective_scan_cuda_backward = ops.define_backward("cuda", _launch_backward)

@@ -141,15 +141,11 @@ class Plan(NamedTuple):
     """A launch but for its tensors; kept, as it takes the host long, for others laid out alike.
 
     Attributes:
-        rows: of the states.
-        n_checkpoints: of a row of the batch.
         n_segments: of a row of the batch.
         numbers: the kernels' arguments behind the tensors.
         kernels: each with its grid and its bytes of shared memory, in order.
     """
 
-    rows: int
-    n_checkpoints: int
     n_segments: int
     numbers: tuple[int | float, ...]
     kernels: tuple[tuple[loader.Kernel, tuple[int, int, int], int], ...]
@@ -177,9 +173,7 @@ def launch(
     plan = _plan(given.x.device, mapping, checkpoint_every, options, *map(layout_of, tensors))
     x, A = given.x, given.A
     b, (i, n) = x.shape[0], A.shape
-    y = x.new_empty(x.shape)
-    final_state = A.new_empty(plan.rows, i, n)
-    checkpoints = A.new_empty(b, plan.n_checkpoints, i, n)
+    y, final_state, checkpoints = outputs(x, A, given.cu_seqlens, checkpoint_every)
     ends = dt_sums = None
     if plan.n_segments > 1:
         ends = A.new_empty(b, plan.n_segments - 1, i, n)
@@ -188,6 +182,17 @@ def launch(
     for kernel, grid, shared in plan.kernels:
         kernel(grid, LANES * mapping.warps, shared, *arguments)
     return y, final_state, checkpoints
+
+
+def outputs(
+    x: Tensor, A: Tensor, cu_seqlens: Tensor | None, checkpoint_every: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `launch` fills."""
+    b, l, _ = x.shape
+    rows = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    n_checkpoints = (l + checkpoint_every - 1) // checkpoint_every if checkpoint_every else 0
+    shapes = (rows, *A.shape), (b, n_checkpoints, *A.shape)
+    return x.new_empty(x.shape), *(x.new_empty(s, dtype=torch.float32) for s in shapes)
 
 
 def layout_of(t: Tensor | None) -> Layout | None:
@@ -229,8 +234,7 @@ def _plan(
                 macros["MIN_BLOCKS"] = max(1, macros["MIN_BLOCKS"] - 1)
             kernel = loader.load(SOURCE, f"selective_scan_{name}", macros, device)
             kernels.append((kernel, (blocks, grid_y, 1), _shared_bytes(mapping, n, bool(is_ends))))
-    n_checkpoints = -(-l // checkpoint_every) if checkpoint_every else 0
-    return Plan(rows, n_checkpoints, n_segments, numbers, tuple(kernels))
+    return Plan(n_segments, numbers, tuple(kernels))
 
 
 def check_shapes(given: Arguments[Layout]) -> None:

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from hybridzoo.kernels.dispatch import needs_gradient
 from hybridzoo.kernels.jit import available
-from hybridzoo.kernels.selective_scan import triton_bwd, triton_fwd
-from hybridzoo.kernels.selective_scan.fwd import Arguments
+from hybridzoo.kernels.selective_scan import ops, triton_bwd, triton_fwd
 
 __all__ = ["available", "run", "why_not"]
 
@@ -57,7 +56,10 @@ def run(
     """See `hybridzoo.kernels.selective_scan.selective_scan`."""
     tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state)
     given = (*tensors, cu_seqlens, dt_softplus, *dt_limit)
-    return (_Differentiable.apply if needs_gradient(*tensors) else selective_scan_triton)(*given)
+    if needs_gradient(*tensors):
+        return _Differentiable.apply(*given)
+    y, final_state, _ = selective_scan_triton(*given, False)
+    return y, final_state
 
 
 class _Differentiable(torch.autograd.Function):
@@ -65,127 +67,23 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
-        y, final_state, checkpoints = selective_scan_triton_checkpointed(*given)
+        y, final_state, checkpoints = selective_scan_triton(*given, True)
         ctx.save_for_backward(*given[:10], checkpoints)
         ctx.options = given[10:]
+        # the state may end here
+        ctx.set_materialize_grads(False)
         return y, final_state
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
-        grads = selective_scan_triton_backward(*cotangents, *tensors, *ctx.options)
+        dy = torch.zeros_like(tensors[0]) if dy is None else dy
+        grads = selective_scan_triton_backward(dy, dfinal_state, *tensors, *ctx.options)
         present = (None if t is None else g for t, g in zip(tensors[:9], grads, strict=True))
         return *present, None, None, None, None
 
 
-@torch.library.custom_op("hybridzoo::selective_scan_triton", mutates_args=())
-def selective_scan_triton(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float,
-) -> tuple[Tensor, Tensor]:
-    """The scan without gradients; dt_min and dt_max are the contract's dt_limit."""
-    given = Arguments(
-        x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_min, dt_max
-    )
-    y, final_state, _ = triton_fwd.launch(given)
-    return y, final_state
-
-
-@selective_scan_triton.register_fake
-def _(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    *options: object,
-) -> tuple[Tensor, Tensor]:
-    y, final_state, _ = triton_fwd.outputs(x, A, cu_seqlens, has_checkpoints=False)
-    return y, final_state
-
-
-@torch.library.custom_op("hybridzoo::selective_scan_triton_checkpointed", mutates_args=())
-def selective_scan_triton_checkpointed(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The scan, and the states that its backward starts from: see `triton_fwd.launch`."""
-    given = Arguments(
-        x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_min, dt_max
-    )
-    return triton_fwd.launch(given, has_checkpoints=True)
-
-
-@selective_scan_triton_checkpointed.register_fake
-def _(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    *options: object,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return triton_fwd.outputs(x, A, cu_seqlens, has_checkpoints=True)
-
-
-@torch.library.custom_op("hybridzoo::selective_scan_triton_backward", mutates_args=())
-def selective_scan_triton_backward(
-    dy: Tensor,
-    dfinal_state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    checkpoints: Tensor,
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float,
-) -> list[Tensor]:
-    """Gradients of the first nine tensors of the scan; an absent one's is empty."""
-    given = Arguments(
-        x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, dt_min, dt_max
-    )
-    return triton_bwd.launch(given, dy, dfinal_state, checkpoints)
-
-
-@selective_scan_triton_backward.register_fake
-def _(dy: Tensor, dfinal_state: Tensor, *given: Any) -> list[Tensor]:
-    return [dy.new_empty(0) if t is None else t.new_empty(t.shape) for t in given[:9]]
+selective_scan_triton = ops.define_forward("triton", triton_fwd.launch, triton_fwd.outputs)
+selective_scan_triton_backward = ops.define_backward("triton", triton_bwd.launch)

@@ -41,20 +41,23 @@ CHANNELS = 32
 
 
 def launch(
-    given: Arguments[Tensor], dy: Tensor, dfinal_state: Tensor, checkpoints: Tensor
+    given: Arguments[Tensor], dy: Tensor, dfinal_state: Tensor | None, checkpoints: Tensor
 ) -> list[Tensor]:
     """Run the kernel.
 
     Args:
         given: the op's arguments.
         dy: gradient of y, (b, l, i), y.dtype.
-        dfinal_state: gradient of final_state, like it, fp32.
+        dfinal_state: gradient of final_state, like it, fp32; None is zero.
         checkpoints: of the forward.
 
     Returns:
         Gradients of the first nine arguments, each like it; an absent one's is empty.
     """
     x, dt, A, B, C, D, z, dt_bias, _ = contiguous_last(*given[:9])
+    if dfinal_state is None:
+        rows = x.shape[0] if given.cu_seqlens is None else given.cu_seqlens.shape[0] - 1
+        dfinal_state = A.new_zeros((rows, *A.shape), dtype=torch.float32)
     dy, dfinal_state = dy if dy.stride(-1) == 1 else dy.contiguous(), dfinal_state.contiguous()
     (_, l, i), (_, n), n_groups, rows = x.shape, A.shape, B.shape[2], dfinal_state.shape[0]
     n_padded, group_width = triton.next_power_of_2(n), i // n_groups
