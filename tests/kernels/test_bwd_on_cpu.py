@@ -12,7 +12,7 @@ from hybridzoo.kernels.selective_scan import bwd, cuda, fwd, reference
 from hybridzoo.kernels.selective_scan.bwd import Mapping
 from tests.kernels import on_cpu, sass
 from tests.kernels.compare import pack, randn
-from tests.kernels.test_on_cpu import LENGTHS, check_sanitizer, folder, made
+from tests.kernels.test_on_cpu import LENGTHS, OPTIONS, check_sanitizer, folder, made
 
 __all__ = ["folder"]
 
@@ -84,22 +84,7 @@ def test_walk_back_is_the_adjoint(kernels, n, mapping):
     assert_near(gradients(given, mapping), truth(given))
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
-        made(2, 33, 24, 16, g=3),
-        made(2, 33, 24, 16, g=3, dtype=torch.bfloat16),
-        made(1, 40, 8, 16, D=None, z=None, dt_bias=None, initial_state=None),
-        made(1, 40, 8, 16, dt_min=0.3, dt_max=1.1),
-        # without softplus, and with the widest limits, a step may be negative
-        made(
-            1, 40, 8, 16, dt_softplus=False, dt_bias=None, dt=-0.01 * randn(1, 40, 8, seed=1).abs()
-        ),
-        made(1, 0, 8, 16),
-        made(1, 1, 8, 16),
-    ],
-    ids=["groups", "bf16", "bare", "limits", "negative", "empty", "one"],
-)
+@pytest.mark.parametrize("given", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("n_segments", [1, 2])
 def test_options_are_those_of_the_reference(kernels, given, n_segments):
     assert_near(gradients(given, Mapping(1, 32, 8, n_segments)), truth(given))

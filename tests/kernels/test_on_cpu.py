@@ -44,6 +44,20 @@ def made(b, l, i, n, g=1, dtype=torch.float32, rows=None, **changed):
     return given._replace(**changed)
 
 
+OPTIONS = {
+    "groups": made(2, 33, 24, 16, g=3),
+    "bf16": made(2, 33, 24, 16, g=3, dtype=torch.bfloat16),
+    "bare": made(1, 40, 8, 16, D=None, z=None, dt_bias=None, initial_state=None),
+    "limits": made(1, 40, 8, 16, dt_min=0.3, dt_max=1.1),
+    # without softplus, and with the widest limits, a step may be negative
+    "negative": made(
+        1, 40, 8, 16, dt_softplus=False, dt_bias=None, dt=-0.01 * randn(1, 40, 8, seed=1).abs()
+    ),
+    "empty": made(1, 0, 8, 16),
+    "one": made(1, 1, 8, 16),
+}
+
+
 def truth(given, dtype=torch.float64):
     x, dt, A, B, C, D, z, dt_bias, initial_state = (
         None if t is None else t.to(dtype) for t in given[:9]
@@ -85,22 +99,7 @@ def test_walk_is_the_recurrence(launch, mapping, n):
     assert_near(final_state, want_state, 1e-6)
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
-        made(2, 33, 24, 16, g=3),
-        made(2, 33, 24, 16, g=3, dtype=torch.bfloat16),
-        made(1, 40, 8, 16, D=None, z=None, dt_bias=None, initial_state=None),
-        made(1, 40, 8, 16, dt_min=0.3, dt_max=1.1),
-        # without softplus, and with the widest limits, a step may be negative
-        made(
-            1, 40, 8, 16, dt_softplus=False, dt_bias=None, dt=-0.01 * randn(1, 40, 8, seed=1).abs()
-        ),
-        made(1, 0, 8, 16),
-        made(1, 1, 8, 16),
-    ],
-    ids=["groups", "bf16", "bare", "limits", "negative", "empty", "one"],
-)
+@pytest.mark.parametrize("given", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("n_segments", [1, 2])
 def test_options_are_those_of_the_reference(launch, given, n_segments):
     y, final_state, _ = launch(given, Mapping(8, 1, 4, 16, n_segments))

@@ -23,7 +23,7 @@ from hybridzoo.kernels.selective_scan.fwd import (
 SOURCE = "selective_scan/bwd.cu"
 # states and channels that a thread walks
 STATES, CHANNELS = 4, 2
-# of the time that a segment takes: what finding its carry costs besides
+# of the time that a segment takes: what finding its carry costs besides, by count of instructions
 CARRIES_COST = 0.25
 
 
@@ -190,7 +190,7 @@ def _handed_through(given: Arguments[Tensor], dfinal_state: Tensor | None) -> Te
     if given.initial_state is None:
         return None
     if given.cu_seqlens is None and given.x.shape[1]:
-        # of which there is none
+        # every row has a token, so the kernel writes it
         return torch.empty_like(given.initial_state)
     return torch.zeros_like(given.initial_state) if dfinal_state is None else dfinal_state.clone()
 

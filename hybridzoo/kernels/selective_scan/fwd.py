@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Arguments(NamedTuple, Generic[T]):
-    """Those of `selective_scan_cuda`, in its order: tensors, or what is known of them."""
+    """Those of the op (`ops.py`), in its order: tensors, or what is known of them."""
 
     x: T
     dt: T
