@@ -24,7 +24,7 @@ struct Packed {
 };
 
 // Bring what lies there from memory to the L2 cache.
-__device__ __forceinline__ void prefetch(const element* p) {
+__device__ __forceinline__ void prefetch(const void* p) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 

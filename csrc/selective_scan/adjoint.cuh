@@ -23,10 +23,16 @@ constexpr int STATE_BITS = log2_of(LANES), CHANNEL_BITS = 5 - STATE_BITS;
 constexpr int KEPT_CHANNELS = CPT > LANES ? CPT / LANES : 1;
 constexpr int KEPT_STATES = SPT > 32 / LANES ? SPT * LANES / 32 : 1;
 constexpr int ORDERS = SPT / KEPT_STATES, ORDER_BITS = log2_of(ORDERS);
+// and of the orders of one token's B or C: threads that write neighbouring tokens meet in no bank
+constexpr int MAP_ROW = ORDERS * N_PAD + (N_PAD < 32 ? N_PAD : 0);
+// A sum over channels halves what a lane has while it has two values of a kind; where lanes are
+// left then, dB and dC go different ways once.
+constexpr int HALVED_BITS = CHANNEL_BITS < log2_of(SPT) ? CHANNEL_BITS : log2_of(SPT);
+constexpr bool PARTS_KINDS = HALVED_BITS < CHANNEL_BITS;
 static_assert(32 % LANES == 0 && CH % VEC == 0 && VEC >= 1 && T % SUB == 0 && SUB % 2 == 0 &&
                   T <= 32,
               "mapping");
-static_assert(N_PAD % MAPS == 0 && SPT % 4 == 0 && (CPT & (CPT - 1)) == 0, "mapping");
+static_assert(N_PAD % MAPS == 0 && SPT == 4 && (CPT & (CPT - 1)) == 0, "mapping");
 
 // Where channel c of token t lies: first come the channels of an even and of an odd token that
 // lanes have first of their VEC, then those that they have second. Neither lanes that take theirs
@@ -39,18 +45,15 @@ __host__ __device__ constexpr int place_of(int t, int c) {
 }
 
 struct Shared {
-    float4 element[WARPS][T / 2 * PAIR];  // dt, dt x, g, slope of the step
-    alignas(16) float B[T][ORDERS][N_PAD], C[T][ORDERS][N_PAD];
+    // dt, dt x, g, slope of the step; behind them sums over states: of C h, of B dh, of A w
+    float4 element[WARPS][(T + (CARRIES ? 0 : SUB)) / 2 * PAIR];
+    alignas(16) float B[T][MAP_ROW], C[T][MAP_ROW];
 #if !CARRIES
-    float4 before[SUBS][CPT * SPT / 4][THREADS];  // each walk's first state
-    float4 sum[WARPS][SUB / 2 * PAIR];            // over states: of C h, of B dh, of A w
-    float dB[WARPS][T][N_PAD], dC[WARPS][T][N_PAD];
-    // a thread's sums over time, and what rounding lost of them
-    float dA[CPT * SPT][THREADS], dA_lost[CPT * SPT][THREADS];
-    float dD[VEC][THREADS], dD_lost[VEC][THREADS], ddt_bias[VEC][THREADS];
-    float ddt_bias_lost[VEC][THREADS], D[BLOCK_CH];
+    // the first state of each walk but the last
+    float4 before[SUBS > 1 ? SUBS - 1 : 1][CPT * SPT / 4][THREADS];
+    float dB_dC[WARPS][T][2][N_PAD];
+    float D[BLOCK_CH];
 #endif
-    float dt_bias[BLOCK_CH];
 };
 
 // COUNT values in an order of the lane's own: its v-th is the one of number v ^ mask, which the
@@ -74,6 +77,22 @@ __device__ __forceinline__ void sum_over_lanes(float (&values)[COUNT]) {
 #pragma unroll
         for (int v = 0; v < (left ? left : 1); ++v)
             values[v] += __shfl_xor_sync(~0u, values[v + left], 1 << (FIRST + s));
+    }
+}
+
+// Sums over the lanes of a state's channels, of dB and dC of one token; where PARTS_KINDS the first
+// value of either is then that of the kind that the lane keeps.
+__device__ __forceinline__ void sum_over_channels(float (&dB)[SPT], float (&dC)[SPT],
+                                                  [[maybe_unused]] bool keeps_dC) {
+    sum_over_lanes<STATE_BITS, HALVED_BITS>(dB);
+    sum_over_lanes<STATE_BITS, HALVED_BITS>(dC);
+    if constexpr (PARTS_KINDS) {
+        float kept = keeps_dC ? dC[0] : dB[0];
+        kept += __shfl_xor_sync(~0u, keeps_dC ? dB[0] : dC[0], 1 << (STATE_BITS + HALVED_BITS));
+#pragma unroll
+        for (int bit = STATE_BITS + HALVED_BITS + 1; bit < 5; ++bit)
+            kept += __shfl_xor_sync(~0u, kept, 1 << bit);
+        dB[0] = kept;
     }
 }
 
@@ -102,6 +121,20 @@ struct Own {
         });
     }
 
+    // as load(), where all exist and a channel's four begin on a border of 16 bytes
+    __device__ __forceinline__ void load_fours(float (&to)[CPT][SPT], const float* from) const {
+        const bool swaps_pairs = state_order & 2, swaps_neighbours = state_order & 1;
+#pragma unroll
+        for (int k = 0; k < CPT; ++k) {
+            const float4 v =
+                *reinterpret_cast<const float4*>(from + first + (k ^ channel_order) * d_state);
+            const float a = swaps_pairs ? v.z : v.x, b = swaps_pairs ? v.w : v.y;
+            const float c = swaps_pairs ? v.x : v.z, d = swaps_pairs ? v.y : v.w;
+            to[k][0] = swaps_neighbours ? b : a, to[k][1] = swaps_neighbours ? a : b;
+            to[k][2] = swaps_neighbours ? d : c, to[k][3] = swaps_neighbours ? c : d;
+        }
+    }
+
     __device__ __forceinline__ void save(float* to, const float (&values)[CPT][SPT]) const {
         if (to)
             each([&](int k, int n, i64 at, bool exists) {
@@ -114,13 +147,6 @@ struct Own {
 template <class Number>
 __device__ __forceinline__ Number* row_of(Number* rows, i64 at) {
     return rows ? rows + at : rows;
-}
-
-// Adds to a sum of many what rounding lost of it before (Kahan, CACM 8, 1965).
-__device__ __forceinline__ void add_to(float& sum, float& lost, float value) {
-    const float rest = value - lost, next = sum + rest;
-    lost = next - sum - rest;
-    sum = next;
 }
 
 // from shared memory, COUNT floats on a border of 16 bytes
@@ -140,60 +166,74 @@ __device__ __forceinline__ void read_fours(float (&to)[COUNT], const float* from
 #define EXP exp_approx
 #endif
 
-// VEC channels of one token of each SUB, of x, dt, z or dy.
+// A tensor's rows of a tile. What a warp's threads share, the compiler keeps once for all of them:
+// a thread's own is the way to its channels.
+template <class Number>
 struct Stream {
-    const element* at;
-    i64 step;  // from each SUB tokens to the next
-    Packed<VEC> value;
+    Number* tile;   // the block's first channel of the tile's first token
+    i64 step;       // to the next token
+    unsigned mine;  // to this thread's channels of its token; bwd.py sees to it that 32 bits are enough
 
-    __device__ __forceinline__ void load(int valid) { value = load_packed<VEC>(at, valid); }
+    // of the thread's token of those that begin at `first`
+    __device__ __forceinline__ Number* at(int first) const {
+        return tile + (mine + unsigned(first) * unsigned(step));
+    }
 };
 
-// A thread's elements: VEC channels from `column` of its warp's on, of token `token` of each SUB.
+template <class Number>
+__device__ __forceinline__ Stream<Number> stream_of(Number* tile, i64 step, int token, int channel) {
+    return {tile, step, token * unsigned(step) + channel};
+}
+
+// A thread's elements: VEC channels, from `column` of its warp's on, of token `token` of each SUB.
 struct Elementwise {
     int token, column;
     float dt_min, dt_max;
-    Stream x, dt, z, dy;
-    float dD[VEC], ddt_bias[VEC];  // of this tile
+    Stream<const element> x, dt, z, dy;
+    Packed<VEC> x_now, dt_now, z_now, dy_now;
+    float dD[VEC], ddt_bias[VEC];  // sums over time
 
-    __device__ __forceinline__ void load(int valid) {
-        dt.load(valid), dy.load(valid);
+    __device__ __forceinline__ void load(int first, int valid) {
+        dt_now = load_packed<VEC>(dt.at(first), valid);
+        dy_now = load_packed<VEC>(dy.at(first), valid);
 #if GATED
-        z.load(valid);
+        z_now = load_packed<VEC>(z.at(first), valid);
 #endif
 #if !CARRIES
-        x.load(valid);
+        x_now = load_packed<VEC>(x.at(first), valid);
 #endif
     }
 
     // what finish() needs
-    __device__ __forceinline__ void load_again(int valid) {
-        x.load(valid);
+    __device__ __forceinline__ void load_again(int first, int valid) {
+        x_now = load_packed<VEC>(x.at(first), valid);
 #if GATED
-        z.load(valid), dy.load(valid);
+        z_now = load_packed<VEC>(z.at(first), valid);
+        dy_now = load_packed<VEC>(dy.at(first), valid);
 #endif
     }
 
-    // by so many SUB tokens
-    __device__ __forceinline__ void move(int by) {
-        x.at += by * x.step, dt.at += by * dt.step, dy.at += by * dy.step;
+    // to the tile before this one
+    __device__ __forceinline__ void move() {
+        x.tile -= T * x.step, dt.tile -= T * dt.step, dy.tile -= T * dy.step;
 #if GATED
-        z.at += by * z.step;
+        z.tile -= T * z.step;
 #endif
     }
 
-    // Bring the tile before this one, behind which the streams are, to the L2 cache: a lane a
-    // sector of 32 bytes; `n_channels` of the warp's exist.
-    __device__ __forceinline__ void prefetch_tile_before(int lane, i64 n_channels) const {
+    // Bring the tile before this one to the L2 cache: a lane a sector of 32 bytes of the warp's
+    // channels, which begin at `channel` of the block's; `n_channels` of them exist.
+    __device__ __forceinline__ void prefetch_tile_before(int lane, int channel,
+                                                         i64 n_channels) const {
         constexpr int SECTOR = 32 / sizeof(element), SECTORS = CH > SECTOR ? CH / SECTOR : 1;
         const int first = lane % SECTORS * SECTOR;
         if (first >= n_channels) return;
 #pragma unroll
         for (int k = 0; k < T * SECTORS; k += 32) {
-            const i64 tokens = (k + lane) / SECTORS - token - 2 * T;
+            const int before = (k + lane) / SECTORS - T;
             if (T * SECTORS < 32 && lane >= T * SECTORS) return;
-            auto bring = [&](const Stream& s) {
-                prefetch(s.at + tokens * (s.step / SUB) + first - column);
+            auto bring = [&](const Stream<const element>& s) {
+                prefetch(s.tile + before * s.step + channel + first);
             };
             bring(x), bring(dt), bring(dy);
 #if GATED
@@ -202,70 +242,61 @@ struct Elementwise {
         }
     }
 
-    // of what lies there, what walks read of it
-    __device__ __forceinline__ void prepare(float4* elements, const float* dt_bias,
+    // of what lies there, what walks read of it; `elements` begin at the thread's own
+    __device__ __forceinline__ void prepare(float4* elements, const float (&dt_bias)[VEC],
                                             bool exists) const {
 #pragma unroll
         for (int k = 0; k < VEC; ++k) {
-            float step = unpack(dt.value, k) + dt_bias[column + k], slope = 1.0f;
+            float step = unpack(dt_now, k) + dt_bias[k], slope = 1.0f;
 #if SOFTPLUS
             // as the forward: log(1 + exp(x)) = max(x, 0) + log(1 + e), with e = exp(-|x|)
             const float e = EXP(-fabsf(step));
             slope = reciprocal(1.0f + e);
             slope = step < 0.0f ? e * slope : slope;
-            step = fmaf(softplus_terms<8, 0>(0.0f, e), e, fmaxf(step, 0.0f));
+            step = fmaf(softplus_terms<7, 0>(softplus_terms<8, 8>(0.0f, 0.0f), e), e,
+                        fmaxf(step, 0.0f));
 #endif
 #if LIMITS
             slope = step < dt_min || step > dt_max ? 0.0f : slope;
             step = step < dt_min ? dt_min : step;
             step = step > dt_max ? dt_max : step;
 #endif
-            float g = unpack(dy.value, k);
+            float g = unpack(dy_now, k);
 #if GATED
-            const float gate = unpack(z.value, k);
+            const float gate = unpack(z_now, k);
             g *= gate * reciprocal(1.0f + exp_approx(-gate));
 #endif
 #if CARRIES
             const float value = 0.0f;  // is not asked for
 #else
-            const float value = unpack(x.value, k);
+            const float value = unpack(x_now, k);
 #endif
-            // behind the last token nothing decays, and nothing is added
-            elements[place_of(token, column + k)] = exists
-                                                        ? make_float4(step, step * value, g, slope)
-                                                        : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            // behind the last token nothing decays, and nothing is added: what is read there is zero
+            elements[k * EVERY] = make_float4(exists ? step : 0.0f, step * value, g,
+                                              exists ? slope : 0.0f);
         }
     }
 
 #if !CARRIES
-    // the gradients of x, dt and z from that and from sums over states
+    // the gradients of x, dt and z from that and from sums over states, and y once more
     __device__ __forceinline__ void finish(const float4* elements, const float4* sums,
                                            const float* D, float (&dx)[VEC], float (&ddt)[VEC],
-                                           float (&dz)[VEC]) {
+                                           float (&dz)[VEC], float (&y)[VEC]) {
 #pragma unroll
         for (int k = 0; k < VEC; ++k) {
-            const int place = place_of(token, column + k);
-            const float4 now = elements[place], sum = sums[place];
-            const float value = unpack(x.value, k), skip = D[column + k];
+            const float4 now = elements[k * EVERY], sum = sums[k * EVERY];
+            const float value = unpack(x_now, k), skip = D[k];
             dx[k] = fmaf(now.x, sum.y, skip * now.z);
             ddt[k] = fmaf(value, sum.y, LN2 * sum.z) * now.w;
             dD[k] = fmaf(now.z, value, dD[k]);
             ddt_bias[k] += ddt[k];
 #if GATED
-            const float gate = unpack(z.value, k), share = reciprocal(1.0f + exp_approx(-gate));
+            const float gate = unpack(z_now, k), share = reciprocal(1.0f + exp_approx(-gate));
             const float slope = share * fmaf(gate, 1.0f - share, 1.0f);
-            dz[k] = unpack(dy.value, k) * fmaf(skip, value, sum.x) * slope;
+            const float ungated = fmaf(skip, value, sum.x);
+            dz[k] = unpack(dy_now, k) * ungated * slope;
+            y[k] = ungated * (gate * share);
 #endif
-        }
-    }
-
-    // a tile's sums, added to all
-    __device__ __forceinline__ void keep(Shared& shared) const {
-        const int at = threadIdx.x;
-#pragma unroll
-        for (int k = 0; k < VEC; ++k) {
-            add_to(shared.dD[k][at], shared.dD_lost[k][at], dD[k]);
-            add_to(shared.ddt_bias[k][at], shared.ddt_bias_lost[k][at], ddt_bias[k]);
         }
     }
 #endif

@@ -32,12 +32,14 @@
 //   DTYPE ALIGNED   see io.cuh
 //   SPT CPT LANES   states and channels a thread, lanes a channel; SPT * LANES >= d_state
 //   WARPS           warps a block
+//   MIN_BLOCKS      blocks that a multiprocessor should hold, for the compiler
 //   TOKENS SUB      tokens a tile, which are the forward's between two checkpoints; tokens a walk
+//   SUM_TOKENS      tokens whose parts of dA, dD and ddt_bias are one sum; a multiple of TOKENS
 //   SOFTPLUS LIMITS GATED PACKED    whether dt passes softplus, has limits; there is z; cu_seqlens
 //   CARRIES         1: the kernel that finds what segments hand on
 #include "selective_scan/adjoint.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 #if CARRIES
     selective_scan_carries
 #else
@@ -52,15 +54,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
      const float* __restrict__ dfinal_state,  // like initial_state; null where it is zero
      const float* __restrict__ checkpoints,   // (b, l / TOKENS, i, n), of the forward
      element* __restrict__ dx, element* __restrict__ ddt, element* __restrict__ dz,  // (b, l, i)
+     element* __restrict__ y,                               // of the forward; null: is not asked for
      float* __restrict__ dB, float* __restrict__ dC,        // (tiles of a group, b, l, g, n)
-     float* __restrict__ dA,                                // (b, segments, i, n)
-     float* __restrict__ dD, float* __restrict__ ddt_bias,  // (b, segments, i)
+     // of each SUM_TOKENS tokens of a segment
+     float* __restrict__ dA,                                // (b, segments, sums, i, n)
+     float* __restrict__ dD, float* __restrict__ ddt_bias,  // (b, segments, sums, i)
      float* __restrict__ dinitial_state,                    // like initial_state
      float* __restrict__ carries,  // (b, segments - 1, i, n), of selective_scan_carries
      float* __restrict__ dt_sums,  // (b, segments - 1, i); infinity: a sequence began in it
      i64 length, i64 n_channels, i64 group_channels, i64 d_state, i64 n_rows, i64 segment_length,
      i64 n_segments, float dt_min, float dt_max, i64 x_b, i64 x_l, i64 dt_b, i64 dt_l, i64 z_b,
-     i64 z_l, i64 B_b, i64 B_l, i64 B_g, i64 C_b, i64 C_l, i64 C_g, i64 dy_b, i64 dy_l) {
+     i64 z_l, i64 B_b, i64 B_l, i64 B_g, i64 C_b, i64 C_l, i64 C_g, i64 dy_b, i64 dy_l,
+     i64 dz_b, i64 dz_l) {
     extern __shared__ float4 memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -83,24 +88,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     elementwise.dt_min = dt_min, elementwise.dt_max = dt_max;
     const i64 io_channel = block_channel + warp * CH + elementwise.column;
     const int io_valid = int(max(min(group_end - io_channel, i64(VEC)), i64(0)));
-    for (int k = threadIdx.x; k < BLOCK_CH; k += THREADS) {
-        const bool is_real = block_channel + k < group_end;
-        shared.dt_bias[k] = is_real && dt_bias ? dt_bias[block_channel + k] : 0.0f;
 #if !CARRIES
-        shared.D[k] = is_real && D ? D[block_channel + k] : 0.0f;
+    for (int k = threadIdx.x; k < BLOCK_CH; k += THREADS)
+        shared.D[k] = block_channel + k < group_end && D ? D[block_channel + k] : 0.0f;
 #endif
-    }
-    // of a tensor with these strides, from the last tile on
+    // of a tensor with these strides, at the last tile
     const i64 last_tile = (count - 1) / T * T;
-    auto stream = [&](const element* of, i64 of_b, i64 of_l) {
-        const i64 token = start + last_tile + elementwise.token;
-        return Stream{of + row * of_b + token * of_l + io_channel, SUB * of_l};
-    };
-    elementwise.x = stream(x, x_b, x_l), elementwise.dt = stream(dt, dt_b, dt_l);
-    elementwise.dy = stream(dy, dy_b, dy_l);
+    const i64 first_token = start + last_tile;
+    const int own_channel = warp * CH + elementwise.column;
+#define STREAM(of, of_b, of_l)                                                 \
+    stream_of(of + row * (of_b) + first_token * (of_l) + block_channel, of_l, \
+              elementwise.token, own_channel)
+    elementwise.x = STREAM(x, x_b, x_l), elementwise.dt = STREAM(dt, dt_b, dt_l);
+    elementwise.dy = STREAM(dy, dy_b, dy_l);
 #if GATED
-    elementwise.z = stream(z, z_b, z_l);
+    elementwise.z = STREAM(z, z_b, z_l);
 #endif
+    float dt_bias_here[VEC];
+#pragma unroll
+    for (int k = 0; k < VEC; ++k)
+        dt_bias_here[k] = dt_bias && k < io_valid ? dt_bias[io_channel + k] : 0.0f;
+    const int own_place = place_of(elementwise.token, elementwise.column);
     const int map_token = threadIdx.x * MAPS / N_PAD, map_state = threadIdx.x * MAPS % N_PAD;
     const int map_valid = map_token < T ? int(min(d_state - map_state, i64(MAPS))) : 0;
     B += row * B_b + (start + map_token) * B_l + group * B_g + map_state;
@@ -123,6 +131,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         // without this the compiler works it out anew at each use
         asm("" : "+r"(place[k]));
     }
+    [[maybe_unused]] const bool keeps_dC = lane >> (STATE_BITS + HALVED_BITS) & 1;
+    // of what it keeps of a token's dB and dC, where there are parts of both
+    [[maybe_unused]] int part_place =
+        warp * T * 2 * N_PAD + (PARTS_KINDS && keeps_dC ? N_PAD : 0) + first_state +
+        own.state_order;
+    asm("" : "+r"(part_place));
     float log_decay[CPT][SPT];  // for a step of one, of base 2
     own.load(log_decay, A);
     own.each([&](int k, int n, i64, bool) { log_decay[k][n] *= LOG2E; });
@@ -190,25 +204,52 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const i64 n_batch = gridDim.x / n_tiles;
     const i64 maps = (tile % tiles_a_group * n_batch + row) * length + start;
     dB += (maps * n_groups + group) * d_state, dC += (maps * n_groups + group) * d_state;
-    // of this thread's, in dx, ddt and dz; behind the last tile
-    i64 out = (row * length + start + last_tile + T + elementwise.token) * n_channels + io_channel;
-    own.each([&](int k, int n, i64, bool) {
-        shared.dA[k * SPT + n][threadIdx.x] = shared.dA_lost[k * SPT + n][threadIdx.x] = 0.0f;
-    });
+    auto to_x = STREAM(dx, length * n_channels, n_channels);
+    auto to_dt = STREAM(ddt, length * n_channels, n_channels);
+#if GATED
+    auto to_z = STREAM(dz, dz_b, dz_l), to_y = STREAM(y, length * n_channels, n_channels);
+#endif
+    // sums over time, of SUM_TOKENS tokens each
+    const i64 n_sums = (segment_length + SUM_TOKENS - 1) / SUM_TOKENS;
+    const i64 first_sum = (row * n_segments + segment) * n_sums;
+    float dA_sum[CPT][SPT];
+    auto begin_sums = [&] {
+        own.each([&](int k, int n, i64, bool) { dA_sum[k][n] = 0.0f; });
 #pragma unroll
-    for (int k = 0; k < VEC; ++k) {
-        shared.dD[k][threadIdx.x] = shared.dD_lost[k][threadIdx.x] = 0.0f;
-        shared.ddt_bias[k][threadIdx.x] = shared.ddt_bias_lost[k][threadIdx.x] = 0.0f;
-    }
+        for (int k = 0; k < VEC; ++k) elementwise.dD[k] = elementwise.ddt_bias[k] = 0.0f;
+    };
+    auto save_sums = [&](i64 at) {
+        own.save(dA + at * states, dA_sum);
+#pragma unroll
+        for (int k = 0; k < VEC; ++k) {
+            float sums[2] = {elementwise.dD[k], elementwise.ddt_bias[k]};
+            // lanes of the same channels have other tokens
+            for (int bit = ROW_LANES; bit < 32; bit *= 2) {
+                sums[0] += __shfl_xor_sync(~0u, sums[0], bit);
+                sums[1] += __shfl_xor_sync(~0u, sums[1], bit);
+            }
+            if (lane < ROW_LANES && k < io_valid) {
+                dD[at * n_channels + io_channel + k] = sums[0];
+                ddt_bias[at * n_channels + io_channel + k] = sums[1];
+            }
+        }
+    };
+    begin_sums();
+    // those of tokens that a last segment has not
+    for (i64 k = last_tile / SUM_TOKENS + 1; k < n_sums; ++k) save_sums(first_sum + k);
 #endif
     __syncthreads();
 
     float4* const elements = shared.element[warp];
+    [[maybe_unused]] float4* const sums = elements + T / 2 * PAIR;
     for (int at = last_tile; at >= 0; at -= T) {
         // ---- the tile's elements, B and C
-        float h[CPT][SPT];
 #if !CARRIES
-        own.load(h, checkpoints + at / T * states);
+        float decay[SUB][CPT][SPT], state[SUB + 1][CPT][SPT];
+        if (d_state % 4 == 0 && own.n_channels == CPT && own.n_states == SPT)
+            own.load_fours(state[0], checkpoints + at / T * states);
+        else
+            own.load(state[0], checkpoints + at / T * states);
 #endif
         {
             const int valid = at + map_token < count ? map_valid : 0;
@@ -222,21 +263,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
                     for (int order = 0; order < ORDERS; ++order) {
                         const int n = map_state + k ^ order_of<SPT, 0, ORDER_BITS>(order);
-                        shared.C[map_token][order][n] = unpack(given_C, k);
+                        shared.C[map_token][order * N_PAD + n] = unpack(given_C, k);
 #if !CARRIES
-                        shared.B[map_token][order][n] = unpack(given_B, k);
+                        shared.B[map_token][order * N_PAD + n] = unpack(given_B, k);
 #endif
                     }
         }
 #pragma unroll
         for (int sub = 0; sub < SUBS; ++sub) {
             const bool exists = at + sub * SUB + elementwise.token < count;
-            elementwise.load(exists ? io_valid : 0);
-            elementwise.prepare(elements + place_of(sub * SUB, 0), &shared.dt_bias[warp * CH],
+            elementwise.load(sub * SUB, exists ? io_valid : 0);
+            elementwise.prepare(elements + own_place + place_of(sub * SUB, 0), dt_bias_here,
                                 exists);
-            elementwise.move(1);
         }
-        if (at > 0) elementwise.prefetch_tile_before(lane, group_end - block_channel - warp * CH);
+        if (at > 0) {
+            const i64 first_channel = block_channel + warp * CH;
+            elementwise.prefetch_tile_before(lane, warp * CH, group_end - first_channel);
+#if !CARRIES
+            const i64 n_floats = min(group_end - first_channel, i64(CH)) * d_state;
+            for (int k = 8 * lane; k < n_floats; k += 8 * 32)
+                prefetch(checkpoints + (at / T - 1) * states + first_channel * d_state + k);
+#endif
+        }
 #if PACKED
         unsigned starts = 0;  // bits of the tokens at which a sequence begins
         for (int k = sequence; k >= 0 && begin_of(k) >= start + at; --k)
@@ -244,8 +292,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #endif
         __syncthreads();
 
-        auto read_map = [&](float (&to)[SPT], const float (&map)[T][ORDERS][N_PAD], int t) {
-            read_fours(to, &map[t][lane / LANES % ORDERS][first_state]);
+        auto read_map = [&](float (&to)[SPT], const float (&map)[T][MAP_ROW], int t) {
+            read_fours(to, &map[t][lane / LANES % ORDERS * N_PAD + first_state]);
         };
         auto element = [&](int first, int t, int k) {
             return (elements + place[k] + place_of(first, 0))[place_of(t, 0)];
@@ -272,7 +320,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             }
 #else
         // ---- the states: token t from the one before it
-        float decay[SUB][CPT][SPT], state[SUB + 1][CPT][SPT];
         auto walk = [&](int first, int t, float (&decay)[CPT][SPT], const float (&from)[CPT][SPT],
                         float (&to)[CPT][SPT]) {
             float B_now[SPT];
@@ -294,38 +341,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #endif
         };
 #pragma unroll 1
-        for (int sub = 0;; ++sub) {
+        for (int sub = 0; sub < SUBS - 1; ++sub) {
 #pragma unroll
             for (int k = 0; k < CPT; ++k)
 #pragma unroll
                 for (int n = 0; n < SPT; n += 4)
-                    shared.before[sub][(k * SPT + n) / 4][threadIdx.x] =
-                        make_float4(h[k][n], h[k][n + 1], h[k][n + 2], h[k][n + 3]);
-            if (sub == SUBS - 1) break;
+                    shared.before[sub][(k * SPT + n) / 4][threadIdx.x] = make_float4(
+                        state[0][k][n], state[0][k][n + 1], state[0][k][n + 2], state[0][k][n + 3]);
 #pragma unroll
             for (int t = 0; t < SUB; ++t) {
-                begin_sequence(sub * SUB + t, h);
-                walk(sub * SUB, t, decay[0], h, h);
+                begin_sequence(sub * SUB + t, state[0]);
+                walk(sub * SUB, t, decay[0], state[0], state[0]);
             }
         }
 
-        float dA_tile[CPT][SPT] = {};
-#pragma unroll
-        for (int k = 0; k < VEC; ++k) elementwise.dD[k] = elementwise.ddt_bias[k] = 0.0f;
 #pragma unroll 1
         for (int sub = SUBS - 1; sub >= 0; --sub) {
             const int first = sub * SUB;
             const int valid = at + first + elementwise.token < count ? io_valid : 0;
-            elementwise.move(-1);
-            elementwise.load_again(valid);
-#pragma unroll
-            for (int k = 0; k < CPT; ++k)
-#pragma unroll
-                for (int n = 0; n < SPT; n += 4) {
-                    const float4 v = shared.before[sub][(k * SPT + n) / 4][threadIdx.x];
-                    state[0][k][n] = v.x, state[0][k][n + 1] = v.y;
-                    state[0][k][n + 2] = v.z, state[0][k][n + 3] = v.w;
-                }
+            elementwise.load_again(first, valid);
 #pragma unroll
             for (int t = 0; t < SUB; ++t) {
                 begin_sequence(first + t, state[t]);
@@ -354,7 +388,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                         carry[k][n] = decay[t][k][n] * dh;
                         const float w = carry[k][n] * state[t][k][n];
                         Aw[k] = n ? fmaf(log_decay[k][n], w, Aw[k]) : log_decay[k][n] * w;
-                        dA_tile[k][n] = fmaf(now.x, w, dA_tile[k][n]);
+                        dA_sum[k][n] = fmaf(now.x, w, dA_sum[k][n]);
                     }
                 }
 #if PACKED
@@ -365,61 +399,73 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     if (t > 0) walk(first, t - 1, decay[t - 1], state[t - 1], state[t]);
                 }
 #endif
-                sum_over_lanes<STATE_BITS, CHANNEL_BITS>(dB_now);
-                sum_over_lanes<STATE_BITS, CHANNEL_BITS>(dC_now);
+                sum_over_channels(dB_now, dC_now, keeps_dC);
 #if GATED
                 sum_over_lanes<0, STATE_BITS>(p);
 #endif
                 sum_over_lanes<0, STATE_BITS>(u);
                 sum_over_lanes<0, STATE_BITS>(Aw);
-                if (lane >> (STATE_BITS + ORDER_BITS) == 0)
+                float* const kept = (&shared.dB_dC[0][0][0][0] + part_place) + token * 2 * N_PAD;
+                if constexpr (PARTS_KINDS) {
+                    if (lane >> (STATE_BITS + HALVED_BITS + 1) == 0) *kept = dB_now[0];
+                } else {
 #pragma unroll
-                    for (int n = 0; n < KEPT_STATES; ++n) {
-                        const int place = first_state + (n ^ own.state_order);
-                        shared.dB[warp][token][place] = dB_now[n];
-                        shared.dC[warp][token][place] = dC_now[n];
-                    }
+                    for (int n = 0; n < KEPT_STATES; ++n)
+                        kept[n] = dB_now[n], kept[N_PAD + n] = dC_now[n];
+                }
                 if (lane % LANES * KEPT_CHANNELS < CPT)
 #pragma unroll
                     for (int k = 0; k < KEPT_CHANNELS; ++k)
-                        (shared.sum[warp] + place[k])[place_of(t, 0)] =
+                        (sums + place[k])[place_of(t, 0)] =
                             make_float4(p[k], u[k], Aw[k], 0.0f);
             }
             __syncwarp();
-            out -= SUB * n_channels;
-            float into_x[VEC], into_dt[VEC], into_z[VEC];
-            elementwise.finish(elements + place_of(first, 0), shared.sum[warp],
-                               &shared.D[warp * CH], into_x, into_dt, into_z);
-            store_packed<VEC>(dx + out, pack<VEC>(into_x), valid);
-            store_packed<VEC>(ddt + out, pack<VEC>(into_dt), valid);
+            float into_x[VEC], into_dt[VEC], into_z[VEC], into_y[VEC];
+            elementwise.finish(elements + own_place + place_of(first, 0),
+                               sums + own_place,
+                               &shared.D[warp * CH + elementwise.column], into_x, into_dt, into_z,
+                               into_y);
+            store_packed<VEC>(to_x.at(first), pack<VEC>(into_x), valid);
+            store_packed<VEC>(to_dt.at(first), pack<VEC>(into_dt), valid);
 #if GATED
-            store_packed<VEC>(dz + out, pack<VEC>(into_z), valid);
+            store_packed<VEC>(to_z.at(first), pack<VEC>(into_z), valid);
+            if (y) store_packed<VEC>(to_y.at(first), pack<VEC>(into_y), valid);
 #endif
+            if (sub > 0)
+#pragma unroll
+                for (int k = 0; k < CPT; ++k)
+#pragma unroll
+                    for (int n = 0; n < SPT; n += 4) {
+                        const float4 v = shared.before[sub - 1][(k * SPT + n) / 4][threadIdx.x];
+                        state[0][k][n] = v.x, state[0][k][n + 1] = v.y;
+                        state[0][k][n + 2] = v.z, state[0][k][n + 3] = v.w;
+                    }
             __syncwarp();
         }
-        own.each([&](int k, int n, i64, bool) {
-            add_to(shared.dA[k * SPT + n][threadIdx.x], shared.dA_lost[k * SPT + n][threadIdx.x],
-                   dA_tile[k][n]);
-        });
-        elementwise.keep(shared);
+        if (at % SUM_TOKENS == 0) {
+            save_sums(first_sum + at / SUM_TOKENS);
+            begin_sums();
+        }
+        to_x.tile -= T * n_channels, to_dt.tile -= T * n_channels;
+#if GATED
+        to_z.tile -= T * dz_l, to_y.tile -= T * n_channels;
 #endif
-        elementwise.move(CARRIES ? -2 * SUBS : -SUBS);
+#endif
+        elementwise.move();
         __syncthreads();
 #if !CARRIES
         // ---- dB and dC of the block's channels
         for (int k = threadIdx.x; k < T * N_PAD / 2; k += THREADS) {
-            const bool is_B = k < T * N_PAD / 4;
-            const int t = 4 * k / N_PAD % T, n = 4 * k % N_PAD;
-            const float (&parts)[WARPS][T][N_PAD] = is_B ? shared.dB : shared.dC;
+            const int n = 4 * k % N_PAD, is_C = 4 * k / N_PAD % 2, t = 4 * k / N_PAD / 2;
             float sum[4] = {};
 #pragma unroll
             for (int w = 0; w < WARPS; ++w) {
                 float part[4];
-                read_fours(part, &parts[w][t][n]);
+                read_fours(part, &shared.dB_dC[w][t][is_C][n]);
 #pragma unroll
                 for (int j = 0; j < 4; ++j) sum[j] += part[j];
             }
-            float* to = (is_B ? dB : dC) + (at + t) * n_groups * d_state + n;
+            float* to = (is_C ? dC : dB) + (at + t) * n_groups * d_state + n;
             if (at + t < count && d_state % 4 == 0 && n < d_state)
                 *reinterpret_cast<float4*>(to) = make_float4(sum[0], sum[1], sum[2], sum[3]);
             else if (at + t < count)
@@ -430,7 +476,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #endif
     }
 
-    const i64 part = row * n_segments + segment;
 #if CARRIES
     const i64 at = row * (n_segments - 1) + segment - 1;
     own.save(carries + at * states, carry);
@@ -444,21 +489,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #if !PACKED
     if (segment == 0) own.save(row_of(dinitial_state, sequence * states), carry);
 #endif
-    own.each([&](int k, int n, i64 place, bool exists) {
-        if (exists) dA[part * states + place] = shared.dA[k * SPT + n][threadIdx.x];
-    });
-#pragma unroll
-    for (int k = 0; k < VEC; ++k) {
-        float sums[2] = {shared.dD[k][threadIdx.x], shared.ddt_bias[k][threadIdx.x]};
-        // lanes of the same channels have other tokens
-        for (int bit = ROW_LANES; bit < 32; bit *= 2) {
-            sums[0] += __shfl_xor_sync(~0u, sums[0], bit);
-            sums[1] += __shfl_xor_sync(~0u, sums[1], bit);
-        }
-        if (lane < ROW_LANES && k < io_valid) {
-            dD[part * n_channels + io_channel + k] = sums[0];
-            ddt_bias[part * n_channels + io_channel + k] = sums[1];
-        }
-    }
 #endif
 }

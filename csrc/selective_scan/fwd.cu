@@ -236,6 +236,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     }
 #endif
 
+    // the state before a tile's second half, where tiles are twice as long as checkpoints are apart
+    auto save_in_the_middle = [&]([[maybe_unused]] int at) {
+#if CHECKPOINTS && !ENDS
+        if (T > 16 && checkpoint_every < T && at + T / 2 < count) {
+            recurrence.save_checkpoint(checkpoints);
+            checkpoints += states;
+        }
+#endif
+    };
     Place here = {0, 0};
     recurrence.begin(shared, here);
     for (int at = 0, parity = 0; at < count; at += T, parity ^= 1) {
@@ -245,7 +254,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
         [[maybe_unused]] const int last = TEAM > 1 ? 3 - here.maps - next_maps : next.steps;
 #if CHECKPOINTS && !ENDS
         if ((at & int(checkpoint_every - 1)) == 0) {
-            recurrence.save(checkpoints);
+            recurrence.save_checkpoint(checkpoints);
             checkpoints += states;
         }
 #endif
@@ -273,7 +282,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
                 const bool is_last = sequence + 1 == n_rows;  // it should end at length
                 const int until = is_last ? T : int(min(sequence_end - start - at, i64(T)));
 #pragma unroll 1
-                for (; t < until; ++t) recurrence.walk(shared, here, next, t, [](int) {});
+                for (; t < until; ++t) {
+                    if (t == T / 2) save_in_the_middle(at);
+                    recurrence.walk(shared, here, next, t, [](int) {});
+                }
                 if (is_last || sequence_end >= start + min(at + T, count)) break;
 #if !ENDS
                 recurrence.save(final_state + sequence * states);
@@ -299,6 +311,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
             elementwise.prepare_maps(shared, next_maps);
             arrive(&shared.tile_written);
             load_early(at + 2 * T);
+            save_in_the_middle(at);
             // this one and those every four tokens are for the compiler, which spreads the
             // exponentials better between them
             __syncwarp();

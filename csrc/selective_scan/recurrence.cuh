@@ -34,6 +34,23 @@ struct Recurrence {
                 if (k < n_channels && n < n_states) to[k * d_state + n] = h[k][n];
     }
 
+    // as save(), a channel's states in as few stores as there can be
+    __device__ __forceinline__ void save_checkpoint(float* to) const {
+        constexpr int WIDTH = SPT % 4 == 0 ? 4 : 2;
+        if (n_channels < CPT || n_states < SPT || d_state % WIDTH != 0) return save(to);
+#pragma unroll
+        for (int k = 0; k < CPT; ++k)
+#pragma unroll
+            for (int n = 0; n < SPT; n += WIDTH) {
+                float* at = to + k * d_state + n;
+                if constexpr (WIDTH == 4)
+                    *reinterpret_cast<float4*>(at) =
+                        make_float4(h[k][n], h[k][n + 1], h[k][n + 2], h[k][n + 3]);
+                else
+                    *reinterpret_cast<float2*>(at) = make_float2(h[k][n], h[k][n + 1]);
+            }
+    }
+
     __device__ __forceinline__ void read_step(float (&to)[2 * CPT], const Shared& shared,
                                               int buffer, int t) const {
         read_row(to, &shared.step[buffer][t * STEP_ROW + step_at]);

@@ -16,6 +16,7 @@ from hybridzoo.kernels.selective_scan import selective_scan
 from hybridzoo.kernels.selective_scan_step import selective_scan_step
 from hybridzoo.layers import init
 from hybridzoo.layers.base import Layer, LayerConfig, Param, Sequence, State, StateTensor
+from hybridzoo.layers.mamba1_inner import Options, Weights, are_plain, find_launchers, inner
 from hybridzoo.layers.mlp import ACTIVATIONS, Activation
 from hybridzoo.layers.norm import RMSNorm
 from hybridzoo.sharding import Part, Split
@@ -169,12 +170,43 @@ class Mamba1(Layer):
 
     def forward(self, x: Tensor, state: State | None, ctx: Sequence) -> Tensor:
         """(b, l, d) -> this rank's share of (b, l, d)."""
-        x, z = self.project("in_proj", x, {})  # (b, l, i)
+        xz = self.in_proj(x)
+        is_training = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if is_training and state is None and ctx.pad_mask is None:
+            y = self._in_one_node(xz, ctx)
+            if y is not None:
+                return y
+        x, z = xz.chunk(2, -1)  # (b, l, i)
         # blank before the convolution, which reads neighbours, and after it, whose bias would
         # refill padding.
         x = ctx.blank_padding(self._convolve(ctx.blank_padding(x), state, ctx))
         dt, B, C = self._select(x)
         return self.out_proj(self._scan(x, self.dt_proj(dt), B, C, z, state, ctx))
+
+    def _in_one_node(self, xz: Tensor, ctx: Sequence) -> Tensor | None:
+        """The rest of the layer as one node of autograd; None where that is not the same."""
+        has_norms = self.config.x_norm != "none"
+        norms = [self.dt_norm, self.B_norm, self.C_norm] if has_norms else []
+        projections = (self.x_proj, self.dt_proj, self.out_proj)
+        if self.config.activation != "silu" or not are_plain(*projections, *norms):
+            return None
+        # a module in their place may have a bias
+        if self.x_proj.bias is not None or self.dt_proj.bias is not None:
+            return None
+        x_proj, dt_proj, out_proj = (module.weight for module in projections)
+        dt_norm, B_norm, C_norm = (norm.weight for norm in norms) if norms else (None, None, None)
+        weights = Weights(
+            self.conv_weight, self.conv_bias, x_proj, dt_norm, B_norm, C_norm, dt_proj,
+            self.dt_bias, self.A_log, self.D, out_proj, self.out_proj.bias,
+        )  # fmt: skip
+        launchers = find_launchers(xz, weights)
+        if launchers is None:
+            return None
+        if weights.out_bias is not None:
+            weights = weights._replace(out_bias=self.parallel.tp.share(weights.out_bias))
+        eps = self.config.norm_eps if has_norms else None
+        options = Options(launchers, self.config.dt_limit, eps, self.parallel.tp)
+        return inner(xz, decays(self.A_log.detach()), weights, ctx.cu_seqlens, options)
 
     def _convolve(self, x: Tensor, state: State | None, ctx: Sequence) -> Tensor:
         # the op fuses silu, which every released model uses

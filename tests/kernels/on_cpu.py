@@ -80,10 +80,11 @@ def build(source: str, name: str, defines: dict, folder: Path, flags: tuple[str,
     plain = re.sub(r"//.*", "", text[text.index('extern "C"') :])
     parameters = re.search(r"\(\s*((?:const )?element\*.*?)\)\s*\{", plain, re.DOTALL)[1]
     names = [p.split()[-1].lstrip("*") for p in parameters.split(",")]
+    size = "sizeof(Shared)" if "extern __shared__" in text else "0"
     path = folder / f"{digest}.cpp"
     path.write_text(
         f'#include "on_cpu.h"\n{text}\n'
-        'extern "C" int shared_bytes() { return sizeof(Shared); }\n'
+        f'extern "C" int shared_bytes() {{ return {size}; }}\n'
         f'extern "C" void run(int grid_x, int grid_y, int threads, {parameters}) {{\n'
         f"    on_cpu(grid_x, grid_y, threads, [&] {{ {name}({', '.join(names)}); }});\n}}\n"
     )

@@ -1,14 +1,17 @@
 """Every kernel at small sizes on a GPU, forward and backward: what compute-sanitizer watches.
 
     compute-sanitizer --tool memcheck python -m tests.kernels.sanitized
+    compute-sanitizer --tool racecheck python -m tests.kernels.sanitized every-lane
 
 Results are not looked at, as the tests do; tails of tiles and blocks, packs and segments are there.
+every-lane: barriers as racecheck understands them, see csrc/common/barrier.cuh.
 """
 
 import sys
 
 import torch
 
+from hybridzoo.kernels import loader
 from hybridzoo.kernels.causal_conv1d import causal_conv1d
 from hybridzoo.kernels.dispatch import use
 from hybridzoo.kernels.rms_norm import rms_norm
@@ -65,7 +68,19 @@ def others():
     (y.sum() + h.sum()).backward()
 
 
+def with_every_lane():
+    """Kernels are compiled so from here on."""
+    known = loader.load
+
+    def load(source, name, defines, device):
+        return known(source, name, {**defines, "EVERY_LANE_ARRIVES": 1}, device)
+
+    loader.load = load
+
+
 if __name__ == "__main__":
+    if sys.argv[1:] == ["every-lane"]:
+        with_every_lane()
     scans()
     others()
     torch.cuda.synchronize()

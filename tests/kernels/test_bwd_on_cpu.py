@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hybridzoo.errors import BackendError
 from hybridzoo.kernels.selective_scan import bwd, cuda, fwd, reference
 from hybridzoo.kernels.selective_scan.bwd import Mapping
 from tests.kernels import on_cpu, sass
@@ -18,14 +19,14 @@ __all__ = ["folder"]
 
 # of n states: those of choose(), but for their warps, with segments and without
 MAPPINGS = {
-    5: [Mapping(2, 32, 4), Mapping(1, 32, 2, 2)],
-    16: [Mapping(2, 32, 8), Mapping(1, 32, 4, 2)],
+    5: [Mapping(2, 16, 4), Mapping(1, 32, 4, 2), Mapping(1, 32, 2)],
+    16: [Mapping(2, 16, 4, channels=4), Mapping(1, 16, 4, 2), Mapping(2, 32, 8)],
     32: [Mapping(2, 32, 8), Mapping(1, 32, 4, 3)],
-    64: [Mapping(2, 16, 8), Mapping(1, 16, 8, 3)],
+    64: [Mapping(2, 16, 4, channels=4), Mapping(1, 16, 8, 3)],
 }
 CASES = [(n, mapping) for n, mappings in MAPPINGS.items() for mapping in mappings]
 # minutes each: two warps, and every number of states in segments
-SANITIZED = [CASES[2], *CASES[1::2]]
+SANITIZED = [CASES[3], *(c for c in CASES if c[1].n_segments > 1)]
 FWD = fwd.Mapping(8, 1, 4, 16)
 
 
@@ -98,15 +99,18 @@ def test_a_block_of_eight_warps_adds_up_its_parts(kernels):
 
 @pytest.mark.parametrize("room", [232448, 166912, 101376])
 @pytest.mark.parametrize("is_packed", [False, True], ids=["rows", "packed"])
-def test_every_mapping_fits(is_packed, room):
+@pytest.mark.parametrize("is_lean", [False, True], ids=["dense", "lean"])
+def test_every_mapping_fits(is_lean, is_packed, room):
     """In an H100's, an A100's and a 4090's shared memory; the forward's tiles fit in its own."""
     for n, shape in itertools.product(
         range(1, 65), [(8, 2048, 4096), (1, 4096, 1536), (2, 300, 64)]
     ):
-        mapping = bwd._choose(*shape, n, 1, is_packed, 132, room)
+        mapping = bwd._choose(*shape, n, 1, is_packed, is_lean, 132, room)
         assert bwd._shared_bytes(mapping, n) <= room
-        assert mapping.tokens == bwd.distance(n) and mapping.vector(n) >= 1
-        assert bwd.distance(n) % fwd._choose(*shape, n, 1, 132, room).tokens == 0
+        tokens = bwd.distance(n, is_lean=is_lean)
+        assert mapping.tokens == tokens and mapping.vector(n) >= 1
+        # a tile of the forward, or half of one
+        assert 2 * tokens % fwd._choose(*shape, n, 1, 132, room).tokens == 0
 
 
 @pytest.mark.parametrize("has_state", [False, True], ids=["cold", "warm"])
@@ -173,8 +177,10 @@ def test_gradients_are_read_where_they_are(kernels):
         assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
-def test_long_sums_lose_nothing(kernels):
-    """One in each of eight tiles, behind 2**24, to which adding one changes nothing in fp32."""
+def test_long_sums_lose_nothing(kernels, monkeypatch):
+    """One in each of eight parts, behind 2**24, to which adding one changes nothing in fp32."""
+    monkeypatch.setattr(bwd, "SUM_TOKENS", 32)
+    bwd._plan.cache_clear()
     given = made(1, 9 * 32, 8, 16, z=None)
     dy = torch.zeros_like(given.x)
     dy[:, ::32] = 1 / given.x[:, ::32]
@@ -182,8 +188,33 @@ def test_long_sums_lose_nothing(kernels):
     dy[:, 8 * 32] *= 2**24
     _, _, checkpoints = fwd.launch(given, FWD, 32)
     dD = bwd.launch(given, dy, None, checkpoints, Mapping(1, 32, 8))[5]
+    bwd._plan.cache_clear()
     # the products are off by half a unit, which is one
     assert (dD.double() - 2**24 - 8).abs().max() <= 3
+
+
+@pytest.mark.parametrize("is_packed", [False, True], ids=["rows", "packed"])
+def test_a_layer_gets_y_again_and_dz_where_it_wants_it(kernels, is_packed):
+    rows = {"rows": len(LENGTHS), "cu_seqlens": pack(LENGTHS)} if is_packed else {}
+    given = made(1, sum(LENGTHS), 8, 16, dtype=torch.bfloat16, **rows)
+    want, _, checkpoints = fwd.launch(given, FWD, 32)
+    known = bwd.launch(given, *cotangents(given), checkpoints, Mapping(1, 32, 4))
+    y, wide = torch.empty_like(want), torch.zeros(1, sum(LENGTHS), 16, dtype=want.dtype)
+    found = bwd.launch(
+        given, *cotangents(given), checkpoints, Mapping(1, 32, 4), dz=wide[..., 8:], y=y
+    )
+    # sums in another order round to other halves at times
+    torch.testing.assert_close(y, want, rtol=2**-7, atol=1e-6)
+    assert torch.equal(wide[..., 8:], known[6]) and not wide[..., :8].any()
+    assert all(torch.equal(f, k) for f, k in zip(found, known, strict=True))
+
+
+def test_tokens_too_far_apart_are_refused(kernels):
+    given = made(1, 2, 8, 16)
+    # 512 MiB, which nothing touches
+    far = torch.empty(2**27 + 8).as_strided((1, 2, 8), (2**28, 2**27, 1))
+    with pytest.raises(BackendError, match=r"dy's tokens lie \(134217728\) elements"):
+        bwd.launch(given, far, None, torch.zeros(1, 1, 8, 16), Mapping(1, 16, 4))
 
 
 def test_what_is_not_a_number_stays_in_its_sequence(kernels):
@@ -257,7 +288,7 @@ def test_no_gradient_needs_no_checkpoints(hopper, monkeypatch):
     with torch.no_grad():
         scan(given, leaves)
     scan(given, leaves)
-    assert distances == [0, 0, 32]
+    assert distances == [0, 0, bwd.distance(16)]
 
 
 def test_second_derivatives_are_refused(hopper):

@@ -54,9 +54,10 @@ def launch(shape, dtype, is_packed):
     given = fwd.Arguments(wide, wide, A, maps, maps, *options)
     mapping = fwd.choose(shape, 16, wide.device)
     fwd.launch(given, mapping)
-    _, state, checkpoints = fwd.launch(given, mapping, bwd.distance(16))
-    mapping = bwd.choose(shape, 16, wide.device, is_packed=is_packed)
-    bwd.launch(given, wide, state, checkpoints, mapping)
+    for is_lean in (False, True):
+        _, state, checkpoints = fwd.launch(given, mapping, bwd.distance(16, is_lean=is_lean))
+        back = bwd.choose(shape, 16, wide.device, is_packed=is_packed, is_lean=is_lean)
+        bwd.launch(given, wide, state, checkpoints, back)
 
 
 def test_list_is_what_launches_ask_for(asked):

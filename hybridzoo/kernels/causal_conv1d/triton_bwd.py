@@ -6,9 +6,9 @@ With v[t] = bias + sum_k weight[k] x[t - PAST + k] and PAST = w - 1 inputs befor
     dbias = sum_t g[t]               dweight[k] = sum_t g[t] x[t - PAST + k]
 
 so the floor is 6 bytes an element of bf16. Rows are cut into pieces, none of which holds two
-sequences; the walkers of a program share a piece, and each goes through its rows in order with PAST
-rows of x and of g in registers. It reads PAST rows of x before its own, for v, and PAST rows of
-both behind them, for dx. Sums for the weights leave a program once.
+sequences; a warp walks a piece in order with PAST rows of x and of g in registers, and the next
+rows of x and of dy are on their way while it computes. It reads PAST rows of x before its own, for
+v, and PAST rows of both behind them, for dx. Sums for the weights leave a piece once.
 """
 
 from typing import Any
@@ -21,30 +21,32 @@ from hybridzoo.kernels.causal_conv1d.taps import (
     append,
     load_past,
     load_row,
+    load_rows,
     load_taps,
     rows_of,
+    split_rows,
     to_fp32,
+    unpair,
     weigh,
 )
 from hybridzoo.kernels.jit import jit, tl, triton
 from hybridzoo.kernels.partials import column_sums
 
-# channels of a warp, 4 a lane: a lane keeps 16 fp32 values of each, so that 8 would leave a
-# multiprocessor 8 warps
-BLOCK = 128
-# of x and of dy, a channel of a lane, which are on their way together: 4 KiB a warp, 48 KiB of 12
-# warps. Of 4.8 TB/s a multiprocessor has 36 KiB a microsecond, about a load's latency, 24 of them
-# read
+# channels of a warp, 2 a lane: a lane keeps 16 fp32 values of each, 32 of the 80 registers that
+# leave a multiprocessor 24 warps
+BLOCK = 64
+MAX_REGISTERS = 80
+# where a piece is read from memory, no register that all lanes share holds it: 20 warps
+MAX_REGISTERS_OF_PACKS = 96
+# of x and of dy, a channel of a lane, which are on their way while as many are computed: 2 KiB a
+# warp, 48 KiB of 24 warps. Of 4.8 TB/s a multiprocessor has 36 KiB a microsecond, about a load's
+# latency, 24 of them read
 LANE_BYTES = 16
-# for 12 warps
-MAX_REGISTERS = 168
-# a warp each; their sums leave the program as one
-WALKERS = 4
-# a walker takes as many rows as leave this many programs, 2.6 times what an H200 holds. Of 128
-# rows, sums of 4 (w + 1) bytes a channel and program, written and read once, are 1.3 % of the
-# floor, the 3 (w - 1) rows that are read twice 2.3 %, and the workspace of the sums is 2 % of x
-ROWS = (128, 64, 32, 16, 8)
-MIN_PROGRAMS = 1024
+# pieces that an H200 holds at once, 24 a multiprocessor. Sums of 4 (w + 1) bytes a channel and
+# piece are written and read once: 4 MiB each way of one wave
+PIECES = 3168
+# of a piece; 3 (w - 1) rows are read twice
+MIN_ROWS = 8
 
 
 @jit
@@ -67,31 +69,12 @@ def _piece(cu_ptr, piece, n_seqs, n_steps, length, size, HAS_CU: tl.constexpr):
 
 
 @jit
-def _expand(columns):
-    """Each of a tuple as a tile of one row."""
-    rows = ()
-    for k in tl.static_range(len(columns)):
-        rows = append(rows, columns[k][None, :])
-    return rows
-
-
-@jit
-def _zeros(N: tl.constexpr, T: tl.constexpr, C: tl.constexpr):
-    """N tiles (T, C)."""
+def _zeros(N: tl.constexpr, C: tl.constexpr):
+    """N rows (C,)."""
     zeros = ()
     for _ in tl.static_range(N):
-        zeros = append(zeros, tl.zeros([T, C], tl.float32))
+        zeros = append(zeros, tl.zeros([C], tl.float32))
     return zeros
-
-
-@jit
-def _load_rows(ptr, stride, walked, t, end, mask, N: tl.constexpr):
-    """Rows t + walked to t + walked + N - 1 of the walkers that are at t, zero from `end` on."""
-    rows = ()
-    for u in tl.static_range(N):
-        place = ptr + tl.cast(walked + u, tl.int64) * stride
-        rows = append(rows, tl.load(place, mask=mask & (t + walked + u < end), other=0.0))
-    return rows
 
 
 @jit
@@ -117,68 +100,99 @@ def _add_products(sums, g, rows):
 
 
 @jit
-def _walk(x_ptr, x_stride, dy_ptr, dy_stride, dx_ptr, width, walked, t, end, mask, past, gs, sums,
-          taps, bias, W: tl.constexpr, SILU: tl.constexpr, N: tl.constexpr):  # fmt: skip
-    """N rows on: each one's g goes into the sums and ends dx of the row PAST before it."""
+def _counts(first, end, rows, PAST: tl.constexpr, UNROLL: tl.constexpr):
+    """Rows to the end of the sequence, of the piece, that it reads, and of steps without masks.
+
+    Such a step's rows are the piece's own, and the next step's are the sequence's.
+    """
+    n_left = tl.maximum(end - first, 0)
+    n_own = tl.minimum(n_left, rows)
+    n_whole = tl.maximum(tl.minimum(n_own, n_left - UNROLL), 0) // UNROLL * UNROLL
+    return n_left, n_own, tl.minimum(n_left, n_own + PAST), n_whole
+
+
+@jit
+def _load_both(x_ptr, dy_ptr, X_STRIDE: tl.constexpr, DY_STRIDE: tl.constexpr, row, n_rows, mask,
+               N: tl.constexpr, ALL: tl.constexpr):  # fmt: skip
+    """`load_rows` of x and of dy."""
+    xs = load_rows(x_ptr, X_STRIDE, row, n_rows, mask, N, ALL)
+    return xs, load_rows(dy_ptr, DY_STRIDE, row, n_rows, mask, N, ALL)
+
+
+@jit
+def _walk(xs, dys, past, gs, sums, x_ptr, dy_ptr, dx_ptr, X_STRIDE: tl.constexpr,
+          DY_STRIDE: tl.constexpr, DX_STRIDE: tl.constexpr, row, n_own, n_read, mask, taps, bias,
+          W: tl.constexpr, SILU: tl.constexpr, ALL: tl.constexpr):  # fmt: skip
+    """On by these rows while the next are read; returns those, and past, gs and sums behind these.
+
+    Each row's g goes into the sums and ends dx of the row PAST before it. Unless ALL are the
+    piece's own, those from n_own on only end dx.
+    """
+    N: tl.constexpr = len(xs)
+    next_xs, next_dys = _load_both(x_ptr, dy_ptr, X_STRIDE, DY_STRIDE, row + N, n_read, mask, N,
+                                   ALL)  # fmt: skip
     PAST: tl.constexpr = W - 1
-    xs = _load_rows(x_ptr, x_stride, walked, t, end, mask, N)
-    dys = _load_rows(dy_ptr, dy_stride, walked, t, end, mask, N)
+    dx_ptr += tl.cast(row, tl.int64) * DX_STRIDE
     for u in tl.static_range(N):
-        x = xs[u].to(tl.float32)
-        g = _before_activation(past, x, dys[u], taps, bias, PAST, SILU)
+        x = unpair(xs[u], dx_ptr.dtype.element_ty)
+        dy = unpair(dys[u], dx_ptr.dtype.element_ty)
+        g = _before_activation(past, x, dy, taps, bias, PAST, SILU)
         past, gs = append(past, x), append(gs, g)
-        sums = append(_add_products(sums, g, past), sums[W] + g)
+        own = g if ALL else tl.where(row + u < n_own, g, 0.0)
+        sums = append(_add_products(sums, own, past), sums[W] + own)
         dx = taps[PAST] * gs[0]
         for j in tl.static_range(1, W):
             dx += taps[PAST - j] * gs[j]
-        # the first rows are the walker's before this one
-        here = mask & (walked + u >= PAST) & (t + walked + u < end + PAST)
-        place = dx_ptr + tl.cast(walked + u, tl.int64) * width
+        here = mask if ALL else mask & (row + u < n_own + PAST)
+        if u < PAST:
+            # the first PAST are of the piece before
+            here = here & (row + u >= PAST)
+        place = dx_ptr + tl.cast(u, tl.int64) * DX_STRIDE
         tl.store(place, dx.to(dx_ptr.dtype.element_ty), mask=here)
         past, gs = past[1:], gs[1:]
-    return past, gs, sums
+    return next_xs, next_dys, past, gs, sums
 
 
 @jit(do_not_specialize=["length", "n_pieces", "n_seqs", "n_steps", "rows"])
 def _conv_backward_kernel(x_ptr, dy_ptr, weight_ptr, bias_ptr, state_ptr, cu_ptr, dx_ptr, sums_ptr,
-                     length, n_pieces, n_seqs, n_steps, rows, width, x_stride_b, x_stride_l,
-                     dy_stride_b, dy_stride_l, state_stride_b, state_stride_w,
-                     W: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
-                     HAS_STATE: tl.constexpr, HAS_CU: tl.constexpr, BLOCK: tl.constexpr,
-                     WALKERS: tl.constexpr, UNROLL: tl.constexpr):  # fmt: skip
+                     length, n_pieces, n_seqs, n_steps, rows, x_stride_b, dy_stride_b, dx_stride_b,
+                     state_stride_b, state_stride_w, WIDTH: tl.constexpr, X_STRIDE: tl.constexpr,
+                     DY_STRIDE: tl.constexpr, DX_STRIDE: tl.constexpr, W: tl.constexpr,
+                     SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr,
+                     HAS_CU: tl.constexpr, BLOCK: tl.constexpr,
+                     UNROLL: tl.constexpr):  # fmt: skip
     PAST: tl.constexpr = W - 1
-    n_blocks = tl.cdiv(width, BLOCK)
+    n_blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     program = tl.program_id(0) // n_blocks
     batch = (program // n_pieces).to(tl.int64)
-    column = tl.program_id(0) % n_blocks * BLOCK + tl.arange(0, BLOCK)
-    channels, mask = column[None, :], (column < width)[None, :]
-    sequence, start, end, first = _piece(cu_ptr, program % n_pieces, n_seqs, n_steps, length,
-                                         rows * WALKERS, HAS_CU)  # fmt: skip
-    # shared evenly, so that no walker takes a short piece alone
-    n_rows = tl.maximum(tl.minimum(end - first, rows * WALKERS), 0)
-    n_own = tl.cdiv(n_rows, WALKERS * UNROLL) * UNROLL
-    t = first + n_own * tl.arange(0, WALKERS)[:, None]
-    taps, bias = load_taps(weight_ptr, bias_ptr, column, column < width, W, HAS_BIAS)
-    taps, bias = _expand(taps), bias[None, :]
+    channels = tl.program_id(0) % n_blocks * BLOCK + tl.arange(0, BLOCK)
+    mask = channels < WIDTH if WIDTH % BLOCK else tl.full([BLOCK], True, tl.int1)
+    sequence, start, end, first = _piece(cu_ptr, program % n_pieces, n_seqs, n_steps, length, rows,
+                                         HAS_CU)  # fmt: skip
+    n_left, n_own, n_read, n_whole = _counts(first, end, rows, PAST, UNROLL)
     x_ptr += batch * x_stride_b + channels
     state_ptr += (sequence.to(tl.int64) if HAS_CU else batch) * state_stride_b + channels
-    past = to_fp32(load_past(x_ptr, x_stride_l, state_ptr, state_stride_w, start, t,
-                             mask & (t < end), PAST, HAS_STATE))  # fmt: skip
-    x_ptr += t.to(tl.int64) * x_stride_l
-    dy_ptr += batch * dy_stride_b + t.to(tl.int64) * dy_stride_l + channels
-    # a step stores PAST rows back
-    dx_ptr += (batch * length + t - PAST) * width + channels
-    gs, sums = _zeros(PAST, WALKERS, BLOCK), _zeros(W + 1, WALKERS, BLOCK)
-    for walked in range(0, n_own, UNROLL):
-        past, gs, sums = _walk(x_ptr, x_stride_l, dy_ptr, dy_stride_l, dx_ptr, width, walked, t,
-                               end, mask, past, gs, sums, taps, bias, W, SILU,
-                               UNROLL)  # fmt: skip
-    # into the next walker's rows, whose sums are not its own
-    _walk(x_ptr, x_stride_l, dy_ptr, dy_stride_l, dx_ptr, width, n_own, t, end, mask, past, gs,
-          sums, taps, bias, W, SILU, PAST)  # fmt: skip
-    sums_ptr += program.to(tl.int64) * (W + HAS_BIAS) * width + column
+    past = load_past(x_ptr, X_STRIDE, state_ptr, state_stride_w, start, first, mask & (n_left > 0),
+                     PAST, HAS_STATE)  # fmt: skip
+    x_ptr += first.to(tl.int64) * X_STRIDE
+    dy_ptr += batch * dy_stride_b + first.to(tl.int64) * DY_STRIDE + channels
+    # a row ends dx PAST rows back
+    dx_ptr += batch * dx_stride_b + (first - PAST).to(tl.int64) * DX_STRIDE + channels
+    xs, dys = _load_both(x_ptr, dy_ptr, X_STRIDE, DY_STRIDE, 0, n_read, mask, UNROLL, False)
+    # behind the loads, as it waits for its own
+    taps, bias = load_taps(weight_ptr, bias_ptr, channels, mask, W, HAS_BIAS)
+    past, gs, sums = to_fp32(past), _zeros(PAST, BLOCK), _zeros(W + 1, BLOCK)
+    for row in range(0, n_whole, UNROLL):
+        xs, dys, past, gs, sums = _walk(xs, dys, past, gs, sums, x_ptr, dy_ptr, dx_ptr, X_STRIDE,
+                                        DY_STRIDE, DX_STRIDE, row, n_own, n_read, mask, taps, bias,
+                                        W, SILU, True)  # fmt: skip
+    for row in range(n_whole, n_own + PAST, UNROLL):
+        xs, dys, past, gs, sums = _walk(xs, dys, past, gs, sums, x_ptr, dy_ptr, dx_ptr, X_STRIDE,
+                                        DY_STRIDE, DX_STRIDE, row, n_own, n_read, mask, taps, bias,
+                                        W, SILU, False)  # fmt: skip
+    sums_ptr += program.to(tl.int64) * (W + HAS_BIAS) * WIDTH + channels
     for k in tl.static_range(W + HAS_BIAS):
-        tl.store(sums_ptr + k * width, tl.sum(sums[k], axis=0), mask=column < width)
+        tl.store(sums_ptr + k * WIDTH, sums[k], mask=mask)
 
 
 @jit(do_not_specialize=["n_partials"])
@@ -218,7 +232,7 @@ def _gradients(x_ptr, x_stride, dy_ptr, dy_stride, state_ptr, state_stride, star
 
 
 @jit
-def _store_last_rows(dx_ptr, width, dfinal_ptr, dfinal_stride, gs, taps, start, end, mask,
+def _store_last_rows(dx_ptr, dx_stride, dfinal_ptr, dfinal_stride, gs, taps, start, end, mask,
                      PAST: tl.constexpr):  # fmt: skip
     """The last PAST rows of dx once more, with what the state behind them adds."""
     for k in tl.static_range(PAST):
@@ -226,13 +240,14 @@ def _store_last_rows(dx_ptr, width, dfinal_ptr, dfinal_stride, gs, taps, start, 
         dx = tl.load(dfinal_ptr + k * dfinal_stride, mask=mask, other=0.0).to(tl.float32)
         for j in tl.static_range(PAST - k):
             dx += taps[PAST - j] * gs[k + j]
-        place = dx_ptr + t.to(tl.int64) * width
+        place = dx_ptr + t.to(tl.int64) * dx_stride
         tl.store(place, dx.to(dx_ptr.dtype.element_ty), mask=mask & (t >= start))
 
 
 @jit(do_not_specialize=["length"])
 def _conv_states_kernel(x_ptr, dy_ptr, weight_ptr, bias_ptr, state_ptr, cu_ptr, dx_ptr, dfinal_ptr,
                    dstate_ptr, length, width, x_stride_b, x_stride_l, dy_stride_b, dy_stride_l,
+                   dx_stride_b, dx_stride_l,
                    state_stride_b, state_stride_w, dfinal_stride_b, dfinal_stride_w,
                    W: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
                    HAS_STATE: tl.constexpr, HAS_CU: tl.constexpr, HAS_FINAL: tl.constexpr,
@@ -253,7 +268,7 @@ def _conv_states_kernel(x_ptr, dy_ptr, weight_ptr, bias_ptr, state_ptr, cu_ptr, 
     if HAS_FINAL:
         gs = _gradients(x_ptr, x_stride_l, dy_ptr, dy_stride_l, state_ptr, state_stride_w, start,
                         end, end - PAST, mask, taps, bias, PAST, SILU, HAS_STATE)  # fmt: skip
-        _store_last_rows(dx_ptr + batch * length * width + channels, width, dfinal_ptr,
+        _store_last_rows(dx_ptr + batch * dx_stride_b + channels, dx_stride_l, dfinal_ptr,
                          dfinal_stride_w, gs, taps, start, end, mask, PAST)  # fmt: skip
     if HAS_STATE:
         gs = _gradients(x_ptr, x_stride_l, dy_ptr, dy_stride_l, state_ptr, state_stride_w, start,
@@ -286,9 +301,25 @@ def causal_conv1d_backward(
 
     It has no formula of its own, so that a second derivative raises.
     """
-    dx, dweight, dbias, dstate = _allocate(
-        dy, dfinal_state, x, weight, bias, initial_state, cu_seqlens, silu
-    )
+    return launch_backward(dy, dfinal_state, x, weight, bias, initial_state, cu_seqlens, silu)
+
+
+def launch_backward(
+    dy: Tensor,
+    dfinal_state: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+    *,
+    dx: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the op runs; `dx`, like x with channels side by side, is filled where it is given."""
+    given = (dy, dfinal_state, x, weight, bias, initial_state, cu_seqlens, silu)
+    new_dx, dweight, dbias, dstate = _allocate(*given, has_dx=dx is None)
+    dx = new_dx if dx is None else dx
     x, dy, flat, bias, state, dfinal = map(
         rows_of, (x, dy, weight.flatten(), bias, initial_state, dfinal_state)
     )
@@ -301,7 +332,7 @@ def causal_conv1d_backward(
     cu = dx if cu_seqlens is None else cu_seqlens.contiguous()
     inputs = (x, dy, flat, bias, state, cu, dx)
     # a stride of one row is never used, and any value would compile a kernel of its own
-    strides = [s for t in (x, dy) for s in (t.stride(0) if len(t) > 1 else 0, t.stride(1))]
+    strides = [s for t in (x, dy, dx) for s in (t.stride(0) if len(t) > 1 else 0, t.stride(1))]
     strides += state.stride()[:2]
     with torch.cuda.device_of(x):
         _end(_launch(inputs, strides, options), dweight, dbias)
@@ -318,21 +349,23 @@ def _launch(inputs: tuple[Tensor, ...], strides: list[int], options: dict[str, A
     """Write dx; what the programs summed is (n, w, i), w + 1 with a bias."""
     x, cu = inputs[0], inputs[5]
     b, length, width = x.shape
-    n_blocks = triton.cdiv(width, BLOCK)
-    for rows in ROWS:
-        if b * triton.cdiv(length, rows * WALKERS) * n_blocks >= MIN_PROGRAMS:
-            break
-    n_seqs, n_pieces = 0, triton.cdiv(length, rows * WALKERS)
+    x_stride_b, x_stride, dy_stride_b, dy_stride, dx_stride_b, dx_stride, *state_strides = strides
+    unroll, n_blocks = LANE_BYTES // x.element_size(), triton.cdiv(width, BLOCK)
+    rows = split_rows(length, b * n_blocks, PIECES, unroll, MIN_ROWS)
+    n_seqs, n_pieces = 0, triton.cdiv(length, rows)
     if options["HAS_CU"] and length:
         n_seqs = len(cu) - 1
-        n_pieces = n_seqs + length // (rows * WALKERS)
+        n_pieces = n_seqs + length // rows
     shape = (b * n_pieces, options["W"] + options["HAS_BIAS"], width)
     sums = x.new_empty(shape, dtype=torch.float32)
+    n_registers = MAX_REGISTERS_OF_PACKS if options["HAS_CU"] else MAX_REGISTERS
     if sums.numel():
+        # strides of rows are constants, which are offsets in the instructions: a model has few
         _conv_backward_kernel[(n_blocks * b * n_pieces,)](
-            *inputs, sums, length, n_pieces, n_seqs, n_seqs.bit_length(), rows, width, *strides,
-            WALKERS=WALKERS, UNROLL=LANE_BYTES // x.element_size(), num_warps=WALKERS,
-            maxnreg=MAX_REGISTERS, **options,
+            *inputs, sums, length, n_pieces, n_seqs, n_seqs.bit_length(), rows, x_stride_b,
+            dy_stride_b, dx_stride_b, *state_strides, WIDTH=width, X_STRIDE=x_stride,
+            DY_STRIDE=dy_stride, DX_STRIDE=dx_stride, UNROLL=unroll, num_warps=1,
+            maxnreg=n_registers, **options,
         )  # fmt: skip
     return sums
 
@@ -357,6 +390,7 @@ def _allocate(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     silu: bool,
+    has_dx: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     absent = (x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (bias, initial_state))
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), *absent
+    return x.new_empty(x.shape if has_dx else 0), weight.new_empty(weight.shape), *absent

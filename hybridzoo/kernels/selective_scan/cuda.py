@@ -82,23 +82,43 @@ class _Differentiable(torch.autograd.Function):
         return *present, None, None, None, None
 
 
-def _launch(given: fwd.Arguments[Tensor], has_checkpoints: bool) -> ops.Outputs:
-    x, n = given.x, given.A.shape[1]
-    mapping = fwd.choose(x.shape, n, x.device, given.B.shape[2])
-    return fwd.launch(given, mapping, bwd.distance(n) if has_checkpoints else 0)
+def launch_forward(given: fwd.Arguments[Tensor], is_lean: bool) -> ops.Outputs:
+    """What the first op runs, with checkpoints; of lean ones see `bwd.distance`."""
+    return _launch(given, bwd.distance(given.A.shape[1], is_lean=is_lean))
+
+
+def launch_backward(
+    given: fwd.Arguments[Tensor],
+    dy: Tensor,
+    dfinal_state: Tensor | None,
+    checkpoints: Tensor,
+    *,
+    dz: Tensor | None = None,
+    y: Tensor | None = None,
+) -> list[Tensor]:
+    """What the second op runs; see `bwd.launch`."""
+    (_, l, _), n = given.x.shape, given.A.shape[1]
+    mapping = bwd.choose(
+        given.x.shape, n, given.x.device, given.B.shape[2],
+        is_packed=given.cu_seqlens is not None,
+        is_lean=checkpoints.shape[1] != -(-l // bwd.distance(n)),
+    )  # fmt: skip
+    return bwd.launch(given, dy, dfinal_state, checkpoints, mapping, dz=dz, y=y)
+
+
+def _launch(given: fwd.Arguments[Tensor], checkpoint_every: int) -> ops.Outputs:
+    x = given.x
+    mapping = fwd.choose(x.shape, given.A.shape[1], x.device, given.B.shape[2])
+    return fwd.launch(given, mapping, checkpoint_every)
+
+
+def _launch_op(given: fwd.Arguments[Tensor], has_checkpoints: bool) -> ops.Outputs:
+    return launch_forward(given, False) if has_checkpoints else _launch(given, 0)
 
 
 def _outputs(x: Tensor, A: Tensor, cu_seqlens: Tensor | None, has_checkpoints: bool) -> ops.Outputs:
     return fwd.outputs(x, A, cu_seqlens, bwd.distance(A.shape[1]) if has_checkpoints else 0)
 
 
-def _launch_backward(
-    given: fwd.Arguments[Tensor], dy: Tensor, dfinal_state: Tensor | None, checkpoints: Tensor
-) -> list[Tensor]:
-    x, is_packed = given.x, given.cu_seqlens is not None
-    mapping = bwd.choose(x.shape, given.A.shape[1], x.device, given.B.shape[2], is_packed=is_packed)
-    return bwd.launch(given, dy, dfinal_state, checkpoints, mapping)
-
-
-selective_scan_cuda = ops.define_forward("cuda", _launch, _outputs)
-selective_scan_cuda_backward = ops.define_backward("cuda", _launch_backward)
+selective_scan_cuda = ops.define_forward("cuda", _launch_op, _outputs)
+selective_scan_cuda_backward = ops.define_backward("cuda", launch_backward)
