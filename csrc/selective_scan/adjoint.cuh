@@ -54,6 +54,7 @@ struct Shared {
     float dB_dC[WARPS][T][2][N_PAD];
     float D[BLOCK_CH];
 #endif
+    float dt_bias[BLOCK_CH];
 };
 
 // COUNT values in an order of the lane's own: its v-th is the one of number v ^ mask, which the
@@ -192,6 +193,8 @@ struct Elementwise {
     Stream<const element> x, dt, z, dy;
     Packed<VEC> x_now, dt_now, z_now, dy_now;
     float dD[VEC], ddt_bias[VEC];  // sums over time
+    // of dD's last SUM_TOKENS / 8 tokens: there is no other error in it than that of long sums
+    float dD_part[VEC];
 
     __device__ __forceinline__ void load(int first, int valid) {
         dt_now = load_packed<VEC>(dt.at(first), valid);
@@ -288,7 +291,7 @@ struct Elementwise {
             const float value = unpack(x_now, k), skip = D[k];
             dx[k] = fmaf(now.x, sum.y, skip * now.z);
             ddt[k] = fmaf(value, sum.y, LN2 * sum.z) * now.w;
-            dD[k] = fmaf(now.z, value, dD[k]);
+            dD_part[k] = fmaf(now.z, value, dD_part[k]);
             ddt_bias[k] += ddt[k];
 #if GATED
             const float gate = unpack(z_now, k), share = reciprocal(1.0f + exp_approx(-gate));

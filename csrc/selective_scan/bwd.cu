@@ -34,7 +34,7 @@
 //   WARPS           warps a block
 //   MIN_BLOCKS      blocks that a multiprocessor should hold, for the compiler
 //   TOKENS SUB      tokens a tile, which are the forward's between two checkpoints; tokens a walk
-//   SUM_TOKENS      tokens whose parts of dA, dD and ddt_bias are one sum; a multiple of TOKENS
+//   SUM_TOKENS      tokens whose parts of dA, dD and ddt_bias are one sum; a multiple of 8 TOKENS
 //   SOFTPLUS LIMITS GATED PACKED    whether dt passes softplus, has limits; there is z; cu_seqlens
 //   CARRIES         1: the kernel that finds what segments hand on
 #include "selective_scan/adjoint.cuh"
@@ -88,10 +88,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     elementwise.dt_min = dt_min, elementwise.dt_max = dt_max;
     const i64 io_channel = block_channel + warp * CH + elementwise.column;
     const int io_valid = int(max(min(group_end - io_channel, i64(VEC)), i64(0)));
+    for (int k = threadIdx.x; k < BLOCK_CH; k += THREADS) {
+        const bool is_real = block_channel + k < group_end;
+        shared.dt_bias[k] = is_real && dt_bias ? dt_bias[block_channel + k] : 0.0f;
 #if !CARRIES
-    for (int k = threadIdx.x; k < BLOCK_CH; k += THREADS)
-        shared.D[k] = block_channel + k < group_end && D ? D[block_channel + k] : 0.0f;
+        shared.D[k] = is_real && D ? D[block_channel + k] : 0.0f;
 #endif
+    }
     // of a tensor with these strides, at the last tile
     const i64 last_tile = (count - 1) / T * T;
     const i64 first_token = start + last_tile;
@@ -104,10 +107,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 #if GATED
     elementwise.z = STREAM(z, z_b, z_l);
 #endif
-    float dt_bias_here[VEC];
-#pragma unroll
-    for (int k = 0; k < VEC; ++k)
-        dt_bias_here[k] = dt_bias && k < io_valid ? dt_bias[io_channel + k] : 0.0f;
     const int own_place = place_of(elementwise.token, elementwise.column);
     const int map_token = threadIdx.x * MAPS / N_PAD, map_state = threadIdx.x * MAPS % N_PAD;
     const int map_valid = map_token < T ? int(min(d_state - map_state, i64(MAPS))) : 0;
@@ -216,7 +215,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     auto begin_sums = [&] {
         own.each([&](int k, int n, i64, bool) { dA_sum[k][n] = 0.0f; });
 #pragma unroll
-        for (int k = 0; k < VEC; ++k) elementwise.dD[k] = elementwise.ddt_bias[k] = 0.0f;
+        for (int k = 0; k < VEC; ++k)
+            elementwise.dD[k] = elementwise.dD_part[k] = elementwise.ddt_bias[k] = 0.0f;
     };
     auto save_sums = [&](i64 at) {
         own.save(dA + at * states, dA_sum);
@@ -269,12 +269,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 #endif
                     }
         }
+        float bias[VEC];
+#pragma unroll
+        for (int k = 0; k < VEC; ++k) bias[k] = shared.dt_bias[own_channel + k];
 #pragma unroll
         for (int sub = 0; sub < SUBS; ++sub) {
             const bool exists = at + sub * SUB + elementwise.token < count;
             elementwise.load(sub * SUB, exists ? io_valid : 0);
-            elementwise.prepare(elements + own_place + place_of(sub * SUB, 0), dt_bias_here,
-                                exists);
+            elementwise.prepare(elements + own_place + place_of(sub * SUB, 0), bias, exists);
         }
         if (at > 0) {
             const i64 first_channel = block_channel + warp * CH;
@@ -442,6 +444,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
                     }
             __syncwarp();
         }
+        if (at % (SUM_TOKENS / 8) == 0)
+#pragma unroll
+            for (int k = 0; k < VEC; ++k) {
+                elementwise.dD[k] += elementwise.dD_part[k];
+                elementwise.dD_part[k] = 0.0f;
+            }
         if (at % SUM_TOKENS == 0) {
             save_sums(first_sum + at / SUM_TOKENS);
             begin_sums();

@@ -39,7 +39,7 @@ __device__ __forceinline__ void add_up(float (&sum)[4], const float* __restrict_
     for (int k = 0; k < 4; ++k) sum[k] += fabsf(sum[k]) < infinity() ? lost[k] : 0.0f;
 }
 
-extern "C" __global__ void __launch_bounds__(128) selective_scan_sums(
+extern "C" __global__ void __launch_bounds__(128, 8) selective_scan_sums(
     element* __restrict__ dB, element* __restrict__ dC,  // (b, l, g, n)
     float* __restrict__ dA,                              // (i, n)
     float* __restrict__ dD, float* __restrict__ ddt_bias,  // (i)

@@ -32,8 +32,8 @@ def scans():
     for dtype in (torch.bfloat16, torch.float32):
         for mapping in MAPPINGS:
             n = 64 if mapping.channels > 1 else 16
-            fwd.launch(on_gpu(made(2, 75, 40, n, dtype=dtype)), mapping, 32)
-            fwd.launch(on_gpu(packed(n, dtype)), mapping, 32)
+            fwd.launch(on_gpu(made(2, 75, 40, n, dtype=dtype)), mapping, 16)
+            fwd.launch(on_gpu(packed(n, dtype)), mapping, 16)
         for n, mapping in CASES:
             first = fwd.Mapping(8, 1, 4, 16) if n <= 32 else fwd.Mapping(8, 2, 4, 8)
             for given in (made(2, 75, 40, n, dtype=dtype), packed(n, dtype)):

@@ -136,14 +136,29 @@ def test_pack_of_nothing(launch):
     assert (y.shape, final_state.shape) == ((1, 0, 8), (0, 8, 16))
 
 
+# of two tiles, and of half a one
+DISTANCES = [(Mapping(8, 1, 4, 16), 32), (Mapping(4, 1, 2, 32, team=2), 16)]
+
+
 @pytest.mark.parametrize("n_segments", [1, 2])
-def test_checkpoints_are_the_states_on_the_way(launch, n_segments):
+@pytest.mark.parametrize(("mapping", "distance"), DISTANCES, ids=str)
+def test_checkpoints_are_the_states_on_the_way(launch, mapping, distance, n_segments):
     given = made(2, 75, 8, 16)
-    _, _, checkpoints = launch(given, Mapping(8, 1, 4, 16, n_segments), checkpoint_every=32)
-    assert checkpoints.shape == (2, 3, 8, 16)
-    for k in range(3):
-        part = {name: getattr(given, name)[:, : 32 * k] for name in ("x", "dt", "B", "C", "z")}
+    _, _, checkpoints = launch(given, mapping._replace(n_segments=n_segments), distance)
+    assert checkpoints.shape == (2, -(-75 // distance), 8, 16)
+    for k in range(checkpoints.shape[1]):
+        part = {n: getattr(given, n)[:, : distance * k] for n in ("x", "dt", "B", "C", "z")}
         assert_near(checkpoints[:, k], truth(given._replace(**part))[1], 1e-6)
+
+
+def test_a_packs_checkpoints_are_those_of_other_tiles(launch):
+    given = made(1, sum(LENGTHS), 8, 16, rows=len(LENGTHS), cu_seqlens=pack(LENGTHS))
+    want, got = (launch(given, Mapping(4, 1, 4, t), 16)[2] for t in (16, 32))
+    starts = {sum(LENGTHS[:k]) for k in range(len(LENGTHS))}
+    for k in range(want.shape[1]):
+        # before a sequence's first token either is whatever came before
+        if 16 * k not in starts:
+            assert_near(got[:, k], want[:, k], 1e-6)
 
 
 @pytest.mark.slow

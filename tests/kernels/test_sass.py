@@ -40,12 +40,14 @@ class Bound(NamedTuple):
         slots: at most, instructions of the core for each special function in it.
         load_bits: at least, of the widest load from memory.
         n_special: exactly, of the core, so that another loop is not taken for it.
+        stack: at most, bytes that lie in memory while the core runs; it reads none of them.
     """
 
     registers: int
     slots: float | None = None
     load_bits: int = 128
     n_special: int | None = None
+    stack: int = 0
 
 
 class Case(NamedTuple):
@@ -125,10 +127,10 @@ def run_cuda(b, l, i, n, dtype=BF16, is_packed=False, checkpoint_every=0):
     fwd.launch(given, fwd.choose(given.x.shape, n, given.x.device), checkpoint_every)
 
 
-def run_bwd(b, l, i, n, dtype=BF16, is_packed=False):
+def run_bwd(b, l, i, n, dtype=BF16, is_packed=False, is_lean=False):
     given = cuda_inputs(b, l, i, n, dtype, is_packed)
     x, state = given.x, torch.zeros(2 if is_packed else b, i, n, device="meta")
-    mapping = bwd.choose(x.shape, n, x.device, is_packed=is_packed)
+    mapping = bwd.choose(x.shape, n, x.device, is_packed=is_packed, is_lean=is_lean)
     checkpoints = torch.zeros(b, -(-l // mapping.tokens), i, n, device="meta")
     bwd.launch(given, x, state, checkpoints, mapping)
 
@@ -144,6 +146,8 @@ SCAN, SCAN_BWD = "selective_scan._scan_kernel", "selective_scan._scan_backward_k
 FWD = "selective_scan.selective_scan_fwd"
 ENDS = "selective_scan.selective_scan_ends"
 BWD, CARRIES = "selective_scan.selective_scan_bwd", "selective_scan.selective_scan_carries"
+SUMS = "selective_scan.selective_scan_sums"
+BWD_BOUNDS = {BWD: Bound(255, 16.8, 128, 72, stack=48), SUMS: Bound(64)}
 CASES = [
     # four channels a lane, 8 bytes of bf16, for 24 warps a multiprocessor; two special functions an
     # element. The core is the steps with masks, of which a piece has one or two
@@ -323,37 +327,65 @@ CASES = [
         lambda: run_cuda(1, 8192, 8192, 64, is_packed=True),
         {FWD: Bound(216, 7.4, 64, 134)},
     ),
-    # The backward, whose core holds a walk of 8 tokens over 8 states: 64 decays on the way and, of
+    # The backward, whose core holds a walk of 4 tokens over 16 states: 64 decays on the way and, of
     # four elements, the gate's exponential and reciprocal. It keeps them in as many registers as
-    # there are.
-    Case("bwd", lambda: run_bwd(8, 2048, 4096, 16), {BWD: Bound(255, 19.1, 64, 72)}),
-    Case("bwd-fp32", lambda: run_bwd(8, 2048, 4096, 16, FP32), {BWD: Bound(255, 18.9, 128, 72)}),
-    Case("bwd-fp16", lambda: run_bwd(8, 2048, 4096, 16, FP16), {BWD: Bound(255, 19.1, 64, 72)}),
+    # there are: what is of a tile waits in memory, on sm_80.
+    Case("bwd", lambda: run_bwd(8, 2048, 4096, 16), BWD_BOUNDS),
+    Case("bwd-fp32", lambda: run_bwd(8, 2048, 4096, 16, FP32), BWD_BOUNDS),
+    Case("bwd-fp16", lambda: run_bwd(8, 2048, 4096, 16, FP16), BWD_BOUNDS),
     Case(
         "bwd-segments",
         lambda: run_bwd(1, 2048, 1536, 16),
-        {BWD: Bound(255, 19.1, 64, 72), CARRIES: Bound(154, 11.3, 64, 64)},
+        BWD_BOUNDS | {CARRIES: Bound(80, 5.2, 64, 64)},
     ),
-    # a pack's walk is of 4 tokens; its core is the walk to them, with the ways into a sequence
+    # three blocks a multiprocessor, whose walk is over 8 states
+    Case(
+        "bwd-narrow",
+        lambda: run_bwd(32, 2048, 1536, 16),
+        {BWD: Bound(168, 21.0, 128, 36, stack=24), SUMS: Bound(64)},
+    ),
+    # of 8 tokens over 8 states
+    Case(
+        "bwd-lean",
+        lambda: run_bwd(8, 2048, 4096, 16, is_lean=True),
+        {BWD: Bound(255, 18.6, 128, 72), SUMS: Bound(64)},
+    ),
+    # a pack's walk is of 4 tokens over 8 states, with the ways into a sequence and out of it
     Case(
         "bwd-packed",
         lambda: run_bwd(1, 4096, 16384, 16, is_packed=True),
-        {BWD: Bound(232, 18.7, 32, 64)},
+        {BWD: Bound(238, 28.1, 128, 60), SUMS: Bound(64)},
     ),
     Case(
         "bwd-segments-packed",
         lambda: run_bwd(1, 2048, 1536, 16, is_packed=True),
-        {BWD: Bound(232, 18.7, 32, 64), CARRIES: Bound(116, 13.4, 32, 64)},
+        {BWD: Bound(238, 28.1, 128, 60), CARRIES: Bound(128, 15.7, 64, 64), SUMS: Bound(64)},
     ),
-    Case("bwd-n8", lambda: run_bwd(8, 2048, 4096, 8), {BWD: Bound(216, 15.2, 64, 128)}),
+    Case(
+        "bwd-n8",
+        lambda: run_bwd(8, 2048, 4096, 8),
+        {BWD: Bound(224, 16.8, 128, 64), SUMS: Bound(64)},
+    ),
     # nothing is aligned: element by element
-    Case("bwd-n5", lambda: run_bwd(2, 37, 255, 5), {BWD: Bound(224, 19.3, 32, 128)}),
-    Case("bwd-n32", lambda: run_bwd(4, 2048, 4096, 32), {BWD: Bound(255, 19.4, 64, 68)}),
-    Case("bwd-n64", lambda: run_bwd(4, 2048, 2048, 64), {BWD: Bound(255, 19.8, 64, 66)}),
+    Case(
+        "bwd-n5",
+        lambda: run_bwd(2, 37, 255, 5),
+        {BWD: Bound(224, 21.8, 128, 64), SUMS: Bound(64, load_bits=32)},
+    ),
+    Case(
+        "bwd-n32",
+        lambda: run_bwd(4, 2048, 4096, 32),
+        {BWD: Bound(255, 19.3, 128, 68), SUMS: Bound(64)},
+    ),
+    Case(
+        "bwd-n64",
+        lambda: run_bwd(4, 2048, 2048, 64),
+        {BWD: Bound(255, 18.1, 128, 66, stack=48), SUMS: Bound(64)},
+    ),
     Case(
         "bwd-n64-packed",
         lambda: run_bwd(1, 8192, 8192, 64, is_packed=True),
-        {BWD: Bound(255, 25.0, 64, 122)},
+        {BWD: Bound(255, 25.8, 128, 122), SUMS: Bound(64)},
     ),
 ]
 
@@ -379,7 +411,7 @@ def test_kernels_fit(case, arch, monkeypatch, tmp_path):
     for name, cubin in cubins.items():
         (code,) = sass.read(cubin, tmp_path).values()
         bound = case.bounds[name]
-        assert (code.n_spills, code.stack) == (0, 0), code
+        assert code.n_spills == 0 and code.stack <= bound.stack, code
         assert code.registers <= bound.registers, code
         assert code.load_bits >= bound.load_bits, code
         assert bound.n_special in (None, code.n_special), code

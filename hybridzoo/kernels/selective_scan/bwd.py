@@ -28,8 +28,8 @@ SOURCE, SUMS = "selective_scan/bwd.cu", "selective_scan/sums.cu"
 SUM_THREADS = 128
 # states of a channel that a thread walks
 STATES = 4
-# tokens of which a thread adds up the gradients of A, D and dt_bias, one after another: fp32 loses
-# sqrt(512) half units at most by it, and what is left for torch to sum is a 64th of x
+# tokens of which a thread adds up the gradients of A, D and dt_bias before they are written: of 16
+# states 1/64 of what x takes. Longer sums in fp32 lose more (simulated; of D's, 1e-7 so)
 SUM_TOKENS = 512
 # of the time that a segment takes: what finding its carry costs besides, by count of instructions
 CARRIES_COST = 0.25
