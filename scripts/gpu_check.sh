@@ -74,6 +74,9 @@ if [[ " $asked " == *" sanitize "* ]]; then
             --kernel-name kns=selective_scan --kernel-name kns=_kernel \
             "$python" -m tests.kernels.sanitized "$@"
     }
+    # the compiler, which a sanitizer would watch too, and slow down
+    part compiled 200 "$python" -m tests.kernels.sanitized
+    part compiled-every-lane 200 "$python" -m tests.kernels.sanitized every-lane
     sanitize memcheck
     sanitize racecheck every-lane
 fi

@@ -15,14 +15,14 @@
 // its SUB tokens, and again SUB tokens at a time, whose states and decays then lie in registers for
 // the walk back over them. Instructions and what shared memory hands out are the limits, and the
 // sums over lanes would be a fifth of both: a lane gives half of what it has to another and gets
-// the other half of that one's, until one is left. So that nothing need be selected, each lane
+// the other half of that one's, until one is left, and in the end dB for dC. So that nothing need be selected, each lane
 // numbers its channels and its states in an order of its own (`order_of`), and shared memory has B
 // and C in each of these orders. What is of an element and not of a state is done once: prepare()
 // makes (dt, dt x, g, slope of the step) of it before the walks, and finish() the gradients of x,
 // dt and z behind each SUB tokens.
 //
 // Warps have channels of their own and share B and C. Their parts of dB and dC are added in shared
-// memory in the order of warps, and those of blocks by whoever launched; there is no atomic.
+// memory in the order of warps, and those of blocks by sums.cu; there is no atomic.
 //
 // A long sequence with few channels is cut into segments of whole tiles, which run side by side:
 // selective_scan_carries, compiled with CARRIES = 1, finds the a[t] dh[t] that each would hand to
