@@ -151,7 +151,9 @@ class _Inner(torch.autograd.Function):
             )
         needs_xz, *needed = ctx.needs_input_grad[3:]
         needs = Weights(*needed)
-        dxz, grads = _gradients(ctx.saved_tensors, dout, needs_xz, needs, ctx.options)
+        # the caller may be under another autocast than the forward was
+        with no_autocast(dout.device):
+            dxz, grads = _gradients(ctx.saved_tensors, dout, needs_xz, needs, ctx.options)
         found = (grads[name] if need else None for name, need in needs._asdict().items())
         return None, None, None, dxz, *found
 

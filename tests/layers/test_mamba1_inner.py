@@ -127,6 +127,22 @@ def test_half_precision_costs_no_more_than_in_the_general_path(name, ctx, is_aut
         assert error(ours[1][key], truth[key]) < 1.2 * error(grad, truth[key]) + 2e-3, key
 
 
+@pytest.mark.parametrize("name", ["learned", "no_norm"])
+def test_the_backwards_own_autocast_changes_nothing(name):
+    """Many call backward() within the context that the forward was outside of."""
+    layer = make_layer(name, torch.float32)
+    with launchers():
+        _, plain = outcome(layer, dtype=torch.float32)
+        x = randn(3, LENGTH, D_MODEL).float().requires_grad_()
+        layer.zero_grad()
+        y = layer(x, None, PLAIN)
+        with torch.autocast("cpu", torch.bfloat16):
+            y.backward(randn(3, LENGTH, D_MODEL, seed=1).float())
+    inner = {k: p.grad for k, p in layer.named_parameters() if not k.startswith("in_proj")}
+    for key, grad in inner.items():
+        assert torch.equal(grad, plain[key]), key
+
+
 def shape(ctx):
     return (3 if ctx.cu_seqlens is None else 1, LENGTH, D_MODEL)
 

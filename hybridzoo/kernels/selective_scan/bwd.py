@@ -202,7 +202,8 @@ def launch(
         checkpoints: of the forward, a state before every `mapping.tokens`.
         mapping: how the work is spread.
         dz: where z's gradient goes, like z with neighbours side by side; None makes a tensor.
-        y: is filled with the forward's again, (b, l, i), contiguous; None is not asked for.
+        y: is filled with the forward's again, (b, l, i), contiguous, where there is z; None is not
+            asked for.
 
     Returns:
         Gradients of the first nine arguments, each like it; an absent one's is empty.
@@ -220,6 +221,7 @@ def launch(
         return _without_tokens(given, dfinal_state, dtypes)
     wanted = (x.shape[0], -(-x.shape[1] // mapping.tokens), i, n)
     assert checkpoints.shape == wanted, "of another mapping"
+    assert (dy.shape, dy.dtype) == (x.shape, x.dtype), "it is y's gradient"
     if dz is None:
         dz = x.new_empty(0 if given.z is None else x.shape)
     plan = _plan(x.device, mapping, options, layout_of(dy), layout_of(dz), *map(layout_of, tensors))
@@ -329,7 +331,8 @@ def _plan(
 def _check_distances(mapping: Mapping, layouts: dict[str, Layout | None]) -> None:
     """Refuse what a thread cannot reach: it finds its elements of a tile by 32 bits."""
     for name, t in layouts.items():
-        if t is not None and t.stride[1] * mapping.tokens >= 2**31:
+        # of one token there is no next one
+        if t is not None and t.shape[1] > 1 and t.stride[1] * mapping.tokens >= 2**31:
             raise BackendError(
                 f"selective_scan: {name}'s tokens lie ({t.stride[1]}) elements apart, its limit is "
                 f"({2**31 // mapping.tokens}). Call .contiguous()."

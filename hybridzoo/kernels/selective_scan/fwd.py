@@ -160,7 +160,7 @@ def launch(
         given: the op's arguments.
         mapping: how the work is spread.
         checkpoint_every: also give the state before every so many tokens of a row, a power of two
-            and a multiple of the mapping's tokens, or half of them; 0 gives none.
+            and a multiple of the mapping's tokens, or 16 of its 32; 0 gives none.
 
     Returns:
         y; final_state; checkpoints, (b, ceil(l / checkpoint_every), i, n) fp32.
