@@ -162,18 +162,18 @@ CASES = [
     Case(
         "conv-backward",
         lambda: run_conv_backward(8, 2048, 4096),
-        {CONV_BACK: Bound(80, 16.8, 64, 32, stack=8), CONV_SUMS: Bound(40)},
+        {CONV_BACK: Bound(80, 16.8, 64, 32), CONV_SUMS: Bound(40)},
     ),
     Case(
         "conv-backward-fp32",
         lambda: run_conv_backward(8, 100, 4096, FP32),
-        {CONV_BACK: Bound(80, 16.8, 128, 16, stack=8), CONV_SUMS: Bound(40)},
+        {CONV_BACK: Bound(80, 16.8, 128, 16), CONV_SUMS: Bound(40)},
     ),
     Case(
         "conv-backward-packed",
         lambda: run_conv_backward(1, 2048, 4096, states=2, cu_seqlens=pack()),
         {
-            CONV_BACK: Bound(96, 15.8, 64, 32, stack=8),
+            CONV_BACK: Bound(96, 15.8, 64, 32),
             CONV_SUMS: Bound(40),
             "causal_conv1d._conv_states_kernel": Bound(64, 27.4, 64),
         },
@@ -256,7 +256,7 @@ CASES = [
     Case(
         "scan-wave-checkpoints",
         lambda: run_cuda(8, 2048, 4096, 16, checkpoint_every=64),
-        {FWD: Bound(128, 7.9, n_special=152)},
+        {FWD: Bound(128, 7.85, n_special=152)},
     ),
     # of many channels: small blocks, (8, 1, 4, 16)
     Case("scan-many", lambda: run_cuda(4, 2048, 4096, 16), {FWD: Bound(128, 7.3, n_special=152)}),

@@ -155,7 +155,7 @@ def _walk(xs, dys, past, gs, sums, x_ptr, dy_ptr, dx_ptr, X_STRIDE: tl.constexpr
 
 @jit(do_not_specialize=["length", "n_pieces", "n_seqs", "n_steps", "rows"])
 def _conv_backward_kernel(x_ptr, dy_ptr, weight_ptr, bias_ptr, state_ptr, cu_ptr, dx_ptr, sums_ptr,
-                     length, n_pieces, n_seqs, n_steps, rows, x_stride_b, dy_stride_b, dx_stride_b,
+                     length, n_pieces, n_seqs, n_steps, rows, x_stride_b, dy_stride_b,
                      state_stride_b, state_stride_w, WIDTH: tl.constexpr, X_STRIDE: tl.constexpr,
                      DY_STRIDE: tl.constexpr, DX_STRIDE: tl.constexpr, W: tl.constexpr,
                      SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr,
@@ -177,7 +177,7 @@ def _conv_backward_kernel(x_ptr, dy_ptr, weight_ptr, bias_ptr, state_ptr, cu_ptr
     x_ptr += first.to(tl.int64) * X_STRIDE
     dy_ptr += batch * dy_stride_b + first.to(tl.int64) * DY_STRIDE + channels
     # a row ends dx PAST rows back
-    dx_ptr += batch * dx_stride_b + (first - PAST).to(tl.int64) * DX_STRIDE + channels
+    dx_ptr += (batch * length + first - PAST) * DX_STRIDE + channels
     xs, dys = _load_both(x_ptr, dy_ptr, X_STRIDE, DY_STRIDE, 0, n_read, mask, UNROLL, False)
     # behind the loads, as it waits for its own
     taps, bias = load_taps(weight_ptr, bias_ptr, channels, mask, W, HAS_BIAS)
@@ -247,7 +247,7 @@ def _store_last_rows(dx_ptr, dx_stride, dfinal_ptr, dfinal_stride, gs, taps, sta
 @jit(do_not_specialize=["length"])
 def _conv_states_kernel(x_ptr, dy_ptr, weight_ptr, bias_ptr, state_ptr, cu_ptr, dx_ptr, dfinal_ptr,
                    dstate_ptr, length, width, x_stride_b, x_stride_l, dy_stride_b, dy_stride_l,
-                   dx_stride_b, dx_stride_l,
+                   dx_stride,
                    state_stride_b, state_stride_w, dfinal_stride_b, dfinal_stride_w,
                    W: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
                    HAS_STATE: tl.constexpr, HAS_CU: tl.constexpr, HAS_FINAL: tl.constexpr,
@@ -268,7 +268,7 @@ def _conv_states_kernel(x_ptr, dy_ptr, weight_ptr, bias_ptr, state_ptr, cu_ptr, 
     if HAS_FINAL:
         gs = _gradients(x_ptr, x_stride_l, dy_ptr, dy_stride_l, state_ptr, state_stride_w, start,
                         end, end - PAST, mask, taps, bias, PAST, SILU, HAS_STATE)  # fmt: skip
-        _store_last_rows(dx_ptr + batch * dx_stride_b + channels, dx_stride_l, dfinal_ptr,
+        _store_last_rows(dx_ptr + batch * length * dx_stride + channels, dx_stride, dfinal_ptr,
                          dfinal_stride_w, gs, taps, start, end, mask, PAST)  # fmt: skip
     if HAS_STATE:
         gs = _gradients(x_ptr, x_stride_l, dy_ptr, dy_stride_l, state_ptr, state_stride_w, start,
@@ -316,7 +316,7 @@ def launch_backward(
     *,
     dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the op runs; `dx`, like x with channels side by side, is filled where it is given."""
+    """What the op runs; `dx`, some channels of contiguous (b, l, more), is filled where given."""
     given = (dy, dfinal_state, x, weight, bias, initial_state, cu_seqlens, silu)
     new_dx, dweight, dbias, dstate = _allocate(*given, has_dx=dx is None)
     dx = new_dx if dx is None else dx
@@ -332,8 +332,8 @@ def launch_backward(
     cu = dx if cu_seqlens is None else cu_seqlens.contiguous()
     inputs = (x, dy, flat, bias, state, cu, dx)
     # a stride of one row is never used, and any value would compile a kernel of its own
-    strides = [s for t in (x, dy, dx) for s in (t.stride(0) if len(t) > 1 else 0, t.stride(1))]
-    strides += state.stride()[:2]
+    strides = [s for t in (x, dy) for s in (t.stride(0) if len(t) > 1 else 0, t.stride(1))]
+    strides += (dx.stride(1), *state.stride()[:2])
     with torch.cuda.device_of(x):
         _end(_launch(inputs, strides, options), dweight, dbias)
         if initial_state is not None or dfinal is not None:
@@ -349,7 +349,7 @@ def _launch(inputs: tuple[Tensor, ...], strides: list[int], options: dict[str, A
     """Write dx; what the programs summed is (n, w, i), w + 1 with a bias."""
     x, cu = inputs[0], inputs[5]
     b, length, width = x.shape
-    x_stride_b, x_stride, dy_stride_b, dy_stride, dx_stride_b, dx_stride, *state_strides = strides
+    x_stride_b, x_stride, dy_stride_b, dy_stride, dx_stride, *state_strides = strides
     unroll, n_blocks = LANE_BYTES // x.element_size(), triton.cdiv(width, BLOCK)
     rows = split_rows(length, b * n_blocks, PIECES, unroll, MIN_ROWS)
     n_seqs, n_pieces = 0, triton.cdiv(length, rows)
@@ -363,7 +363,7 @@ def _launch(inputs: tuple[Tensor, ...], strides: list[int], options: dict[str, A
         # strides of rows are constants, which are offsets in the instructions: a model has few
         _conv_backward_kernel[(n_blocks * b * n_pieces,)](
             *inputs, sums, length, n_pieces, n_seqs, n_seqs.bit_length(), rows, x_stride_b,
-            dy_stride_b, dx_stride_b, *state_strides, WIDTH=width, X_STRIDE=x_stride,
+            dy_stride_b, *state_strides, WIDTH=width, X_STRIDE=x_stride,
             DY_STRIDE=dy_stride, DX_STRIDE=dx_stride, UNROLL=unroll, num_warps=1,
             maxnreg=n_registers, **options,
         )  # fmt: skip

@@ -29,7 +29,7 @@ SUM_THREADS = 128
 # states of a channel that a thread walks
 STATES = 4
 # tokens of which a thread adds up the gradients of A, D and dt_bias before they are written: of 16
-# states 1/64 of what x takes. Longer sums in fp32 lose more (simulated; of D's, 1e-7 so)
+# states 1/16 of what x takes in bf16. Longer sums in fp32 lose more (simulated; of D's, 1e-7 so)
 SUM_TOKENS = 512
 # of the time that a segment takes: what finding its carry costs besides, by count of instructions
 CARRIES_COST = 0.25
@@ -70,7 +70,7 @@ class Mapping(NamedTuple):
 
 
 def _carries(n: int, is_packed: bool) -> Mapping:
-    """Of selective_scan_carries, which wants a third of the registers and an eighth of the room."""
+    """Of selective_scan_carries, which wants a third of the registers and of the room."""
     return Mapping(4, 16, min(8, 2 * _lanes(n)), min_blocks=4 if is_packed else 6)
 
 
