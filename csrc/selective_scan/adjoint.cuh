@@ -29,6 +29,9 @@ constexpr int MAP_ROW = ORDERS * N_PAD + (N_PAD < 32 ? N_PAD : 0);
 // left then, dB and dC go different ways once.
 constexpr int HALVED_BITS = CHANNEL_BITS < log2_of(SPT) ? CHANNEL_BITS : log2_of(SPT);
 constexpr bool PARTS_KINDS = HALVED_BITS < CHANNEL_BITS;
+// Whether a walk reads dt and dt x of two tokens at once: half the loads, and from all banks, while
+// those halves of `element` lie in half of them. It takes room, so only four channels do.
+constexpr bool READS_PAIRS = CPT == 4 && SUB % 4 == 0 && !CARRIES;
 static_assert(32 % LANES == 0 && CH % VEC == 0 && VEC >= 1 && T % SUB == 0 && SUB % 2 == 0 &&
                   T <= 32,
               "mapping");
@@ -44,11 +47,22 @@ __host__ __device__ constexpr int place_of(int t, int c) {
     return t / 2 * PAIR + c % VEC * EVERY + t % 2 * ROW_LANES + c / VEC;
 }
 
+// a thread's own, side by side
+template <int COUNT>
+struct alignas(4 * COUNT) Floats {
+    float at[COUNT];
+};
+
 struct Shared {
     // dt, dt x, g, slope of the step; behind them sums over states: of C h, of B dh, of A w
     float4 element[WARPS][(T + (CARRIES ? 0 : SUB)) / 2 * PAIR];
+    // dt, dt x of an even token and of the one behind it: a pair lies where a token's element would
+    float4 steps[WARPS][READS_PAIRS ? T / 4 * PAIR : 1];
     alignas(16) float B[T][MAP_ROW], C[T][MAP_ROW];
 #if !CARRIES
+    // sums over time of each thread's elements; of dD, apart, those of the last SUM_TOKENS / 8
+    // tokens: there is no other error in it than that of long sums
+    Floats<VEC> dD[THREADS], dD_part[THREADS], ddt_bias[THREADS];
     // the first state of each walk but the last
     float4 before[SUBS > 1 ? SUBS - 1 : 1][CPT * SPT / 4][THREADS];
     float dB_dC[WARPS][T][2][N_PAD];
@@ -122,13 +136,29 @@ struct Own {
         });
     }
 
-    // as load(), where all exist and a channel's four begin on a border of 16 bytes
-    __device__ __forceinline__ void load_fours(float (&to)[CPT][SPT], const float* from) const {
+    // as load(), but a channel's states in the order in which they lie; put_in_order() follows
+    __device__ __forceinline__ void load_unordered(float4 (&to)[CPT], const float* from) const {
+        // then a channel's four begin on a border of 16 bytes
+        const bool are_fours = d_state % 4 == 0 && n_channels == CPT && n_states == SPT;
+#pragma unroll
+        for (int k = 0; k < CPT; ++k) {
+            const int c = k ^ channel_order;
+            const float* const p = from + first + c * d_state;
+            const int n = c < n_channels ? n_states : 0;
+            if (are_fours)
+                to[k] = *reinterpret_cast<const float4*>(p);
+            else
+                to[k] = make_float4(n > 0 ? p[0] : 0.0f, n > 1 ? p[1] : 0.0f, n > 2 ? p[2] : 0.0f,
+                                    n > 3 ? p[3] : 0.0f);
+        }
+    }
+
+    __device__ __forceinline__ void put_in_order(float (&to)[CPT][SPT],
+                                                 const float4 (&loaded)[CPT]) const {
         const bool swaps_pairs = state_order & 2, swaps_neighbours = state_order & 1;
 #pragma unroll
         for (int k = 0; k < CPT; ++k) {
-            const float4 v =
-                *reinterpret_cast<const float4*>(from + first + (k ^ channel_order) * d_state);
+            const float4 v = loaded[k];
             const float a = swaps_pairs ? v.z : v.x, b = swaps_pairs ? v.w : v.y;
             const float c = swaps_pairs ? v.x : v.z, d = swaps_pairs ? v.y : v.w;
             to[k][0] = swaps_neighbours ? b : a, to[k][1] = swaps_neighbours ? a : b;
@@ -171,9 +201,10 @@ __device__ __forceinline__ void read_fours(float (&to)[COUNT], const float* from
 // a thread's own is the way to its channels.
 template <class Number>
 struct Stream {
-    Number* tile;   // the block's first channel of the tile's first token
-    i64 step;       // to the next token
-    unsigned mine;  // to this thread's channels of its token; bwd.py sees to it that 32 bits are enough
+    Number* tile;  // the block's first channel of the tile's first token
+    i64 step;      // to the next token
+    // to this thread's channels of its token; bwd.py sees to it that 32 bits are enough
+    unsigned mine;
 
     // of the thread's token of those that begin at `first`
     __device__ __forceinline__ Number* at(int first) const {
@@ -182,38 +213,44 @@ struct Stream {
 };
 
 template <class Number>
-__device__ __forceinline__ Stream<Number> stream_of(Number* tile, i64 step, int token, int channel) {
+__device__ __forceinline__ Stream<Number> stream_of(Number* tile, i64 step, int token,
+                                                    int channel) {
     return {tile, step, token * unsigned(step) + channel};
 }
+
+// VEC elements of one token, of each tensor.
+struct Row {
+    Packed<VEC> x, dt, z, dy;
+};
 
 // A thread's elements: VEC channels, from `column` of its warp's on, of token `token` of each SUB.
 struct Elementwise {
     int token, column;
     float dt_min, dt_max;
     Stream<const element> x, dt, z, dy;
-    Packed<VEC> x_now, dt_now, z_now, dy_now;
-    float dD[VEC], ddt_bias[VEC];  // sums over time
-    // of dD's last SUM_TOKENS / 8 tokens: there is no other error in it than that of long sums
-    float dD_part[VEC];
 
-    __device__ __forceinline__ void load(int first, int valid) {
-        dt_now = load_packed<VEC>(dt.at(first), valid);
-        dy_now = load_packed<VEC>(dy.at(first), valid);
+    __device__ __forceinline__ Row load(int first, int valid) const {
+        Row row;
+        row.dt = load_packed<VEC>(dt.at(first), valid);
+        row.dy = load_packed<VEC>(dy.at(first), valid);
 #if GATED
-        z_now = load_packed<VEC>(z.at(first), valid);
+        row.z = load_packed<VEC>(z.at(first), valid);
 #endif
 #if !CARRIES
-        x_now = load_packed<VEC>(x.at(first), valid);
+        row.x = load_packed<VEC>(x.at(first), valid);
 #endif
+        return row;
     }
 
     // what finish() needs
-    __device__ __forceinline__ void load_again(int first, int valid) {
-        x_now = load_packed<VEC>(x.at(first), valid);
+    __device__ __forceinline__ Row load_again(int first, int valid) const {
+        Row row;
+        row.x = load_packed<VEC>(x.at(first), valid);
 #if GATED
-        z_now = load_packed<VEC>(z.at(first), valid);
-        dy_now = load_packed<VEC>(dy.at(first), valid);
+        row.z = load_packed<VEC>(z.at(first), valid);
+        row.dy = load_packed<VEC>(dy.at(first), valid);
 #endif
+        return row;
     }
 
     // to the tile before this one
@@ -245,12 +282,12 @@ struct Elementwise {
         }
     }
 
-    // of what lies there, what walks read of it; `elements` begin at the thread's own
-    __device__ __forceinline__ void prepare(float4* elements, const float (&dt_bias)[VEC],
-                                            bool exists) const {
+    // of a row, what walks read of it; `elements` and `steps` begin at the thread's own
+    __device__ __forceinline__ void prepare(const Row& row, float4* elements, float2* steps,
+                                            const float (&dt_bias)[VEC], bool exists) const {
 #pragma unroll
         for (int k = 0; k < VEC; ++k) {
-            float step = unpack(dt_now, k) + dt_bias[k], slope = 1.0f;
+            float step = unpack(row.dt, k) + dt_bias[k], slope = 1.0f;
 #if SOFTPLUS
             // as the forward: log(1 + exp(x)) = max(x, 0) + log(1 + e), with e = exp(-|x|)
             const float e = EXP(-fabsf(step));
@@ -264,43 +301,48 @@ struct Elementwise {
             step = step < dt_min ? dt_min : step;
             step = step > dt_max ? dt_max : step;
 #endif
-            float g = unpack(dy_now, k);
+            float g = unpack(row.dy, k);
 #if GATED
-            const float gate = unpack(z_now, k);
+            const float gate = unpack(row.z, k);
             g *= gate * reciprocal(1.0f + exp_approx(-gate));
 #endif
 #if CARRIES
             const float value = 0.0f;  // is not asked for
 #else
-            const float value = unpack(x_now, k);
+            const float value = unpack(row.x, k);
 #endif
-            // behind the last token nothing decays, and nothing is added: what is read there is zero
-            elements[k * EVERY] = make_float4(exists ? step : 0.0f, step * value, g,
-                                              exists ? slope : 0.0f);
+            // behind the last token nothing decays, nor is anything added: what is read is zero
+            step = exists ? step : 0.0f, slope = exists ? slope : 0.0f;
+            elements[k * EVERY] = make_float4(step, step * value, g, slope);
+            if constexpr (READS_PAIRS) steps[2 * k * EVERY] = make_float2(step, step * value);
         }
     }
 
 #if !CARRIES
     // the gradients of x, dt and z from that and from sums over states, and y once more
-    __device__ __forceinline__ void finish(const float4* elements, const float4* sums,
-                                           const float* D, float (&dx)[VEC], float (&ddt)[VEC],
-                                           float (&dz)[VEC], float (&y)[VEC]) {
+    __device__ __forceinline__ void finish(const Row& row, const float4* elements,
+                                           const float4* sums, const float* D, Floats<VEC>& dD_part,
+                                           Floats<VEC>& ddt_bias, float (&dx)[VEC],
+                                           float (&ddt)[VEC], float (&dz)[VEC],
+                                           float (&y)[VEC]) const {
+        Floats<VEC> sum_of_dD = dD_part, sum_of_ddt = ddt_bias;
 #pragma unroll
         for (int k = 0; k < VEC; ++k) {
             const float4 now = elements[k * EVERY], sum = sums[k * EVERY];
-            const float value = unpack(x_now, k), skip = D[k];
+            const float value = unpack(row.x, k), skip = D[k];
             dx[k] = fmaf(now.x, sum.y, skip * now.z);
             ddt[k] = fmaf(value, sum.y, LN2 * sum.z) * now.w;
-            dD_part[k] = fmaf(now.z, value, dD_part[k]);
-            ddt_bias[k] += ddt[k];
+            sum_of_dD.at[k] = fmaf(now.z, value, sum_of_dD.at[k]);
+            sum_of_ddt.at[k] += ddt[k];
 #if GATED
-            const float gate = unpack(z_now, k), share = reciprocal(1.0f + exp_approx(-gate));
+            const float gate = unpack(row.z, k), share = reciprocal(1.0f + exp_approx(-gate));
             const float slope = share * fmaf(gate, 1.0f - share, 1.0f);
             const float ungated = fmaf(skip, value, sum.x);
-            dz[k] = unpack(dy_now, k) * ungated * slope;
+            dz[k] = unpack(row.dy, k) * ungated * slope;
             y[k] = ungated * (gate * share);
 #endif
         }
+        dD_part = sum_of_dD, ddt_bias = sum_of_ddt;
     }
 #endif
 };

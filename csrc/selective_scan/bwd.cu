@@ -15,11 +15,11 @@
 // its SUB tokens, and again SUB tokens at a time, whose states and decays then lie in registers for
 // the walk back over them. Instructions and what shared memory hands out are the limits, and the
 // sums over lanes would be a fifth of both: a lane gives half of what it has to another and gets
-// the other half of that one's, until one is left, and in the end dB for dC. So that nothing need be selected, each lane
-// numbers its channels and its states in an order of its own (`order_of`), and shared memory has B
-// and C in each of these orders. What is of an element and not of a state is done once: prepare()
-// makes (dt, dt x, g, slope of the step) of it before the walks, and finish() the gradients of x,
-// dt and z behind each SUB tokens.
+// the other half of that one's, until one is left, and in the end dB for dC. So that nothing need
+// be selected, each lane numbers its channels and its states in an order of its own (`order_of`),
+// and shared memory has B and C in each of these orders. What is of an element and not of a state
+// is done once: prepare() makes (dt, dt x, g, slope of the step) of it before the walks, and
+// finish() the gradients of x, dt and z behind each SUB tokens.
 //
 // Warps have channels of their own and share B and C. Their parts of dB and dC are added in shared
 // memory in the order of warps, and those of blocks by sums.cu; there is no atomic.
@@ -54,8 +54,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
      const float* __restrict__ dfinal_state,  // like initial_state; null where it is zero
      const float* __restrict__ checkpoints,   // (b, l / TOKENS, i, n), of the forward
      element* __restrict__ dx, element* __restrict__ ddt, element* __restrict__ dz,  // (b, l, i)
-     element* __restrict__ y,                               // of the forward; null: is not asked for
-     float* __restrict__ dB, float* __restrict__ dC,        // (tiles of a group, b, l, g, n)
+     element* __restrict__ y,                         // of the forward; null: is not asked for
+     float* __restrict__ dB, float* __restrict__ dC,  // (tiles of a group, b, l, g, n)
      // of each SUM_TOKENS tokens of a segment
      float* __restrict__ dA,                                // (b, segments, sums, i, n)
      float* __restrict__ dD, float* __restrict__ ddt_bias,  // (b, segments, sums, i)
@@ -64,8 +64,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
      float* __restrict__ dt_sums,  // (b, segments - 1, i); infinity: a sequence began in it
      i64 length, i64 n_channels, i64 group_channels, i64 d_state, i64 n_rows, i64 segment_length,
      i64 n_segments, float dt_min, float dt_max, i64 x_b, i64 x_l, i64 dt_b, i64 dt_l, i64 z_b,
-     i64 z_l, i64 B_b, i64 B_l, i64 B_g, i64 C_b, i64 C_l, i64 C_g, i64 dy_b, i64 dy_l,
-     i64 dz_b, i64 dz_l) {
+     i64 z_l, i64 B_b, i64 B_l, i64 B_g, i64 C_b, i64 C_l, i64 C_g, i64 dy_b, i64 dy_l, i64 dz_b,
+     i64 dz_l) {
     extern __shared__ float4 memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -99,9 +99,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     const i64 last_tile = (count - 1) / T * T;
     const i64 first_token = start + last_tile;
     const int own_channel = warp * CH + elementwise.column;
-#define STREAM(of, of_b, of_l)                                                 \
-    stream_of(of + row * (of_b) + first_token * (of_l) + block_channel, of_l, \
-              elementwise.token, own_channel)
+#define STREAM(of, of_b, of_l)                                                                   \
+    stream_of(of + row * (of_b) + first_token * (of_l) + block_channel, of_l, elementwise.token, \
+              own_channel)
     elementwise.x = STREAM(x, x_b, x_l), elementwise.dt = STREAM(dt, dt_b, dt_l);
     elementwise.dy = STREAM(dy, dy_b, dy_l);
 #if GATED
@@ -110,8 +110,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     const int own_place = place_of(elementwise.token, elementwise.column);
     const int map_token = threadIdx.x * MAPS / N_PAD, map_state = threadIdx.x * MAPS % N_PAD;
     const int map_valid = map_token < T ? int(min(d_state - map_state, i64(MAPS))) : 0;
-    B += row * B_b + (start + map_token) * B_l + group * B_g + map_state;
-    C += row * C_b + (start + map_token) * C_l + group * C_g + map_state;
+    auto from_B =
+        stream_of(B + row * B_b + first_token * B_l + group * B_g, B_l, map_token, map_state);
+    auto from_C =
+        stream_of(C + row * C_b + first_token * C_l + group * C_g, C_l, map_token, map_state);
 
     // ---- its part of the recurrence
     const int column = lane / LANES * CPT, first_state = lane % LANES * SPT;
@@ -132,9 +134,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     }
     [[maybe_unused]] const bool keeps_dC = lane >> (STATE_BITS + HALVED_BITS) & 1;
     // of what it keeps of a token's dB and dC, where there are parts of both
-    [[maybe_unused]] int part_place =
-        warp * T * 2 * N_PAD + (PARTS_KINDS && keeps_dC ? N_PAD : 0) + first_state +
-        own.state_order;
+    [[maybe_unused]] int part_place = warp * T * 2 * N_PAD + (PARTS_KINDS && keeps_dC ? N_PAD : 0) +
+                                      first_state + own.state_order;
     asm("" : "+r"(part_place));
     float log_decay[CPT][SPT];  // for a step of one, of base 2
     own.load(log_decay, A);
@@ -214,15 +215,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     float dA_sum[CPT][SPT];
     auto begin_sums = [&] {
         own.each([&](int k, int n, i64, bool) { dA_sum[k][n] = 0.0f; });
-#pragma unroll
-        for (int k = 0; k < VEC; ++k)
-            elementwise.dD[k] = elementwise.dD_part[k] = elementwise.ddt_bias[k] = 0.0f;
+        shared.dD[threadIdx.x] = shared.dD_part[threadIdx.x] = shared.ddt_bias[threadIdx.x] = {};
     };
     auto save_sums = [&](i64 at) {
         own.save(dA + at * states, dA_sum);
 #pragma unroll
         for (int k = 0; k < VEC; ++k) {
-            float sums[2] = {elementwise.dD[k], elementwise.ddt_bias[k]};
+            float sums[2] = {shared.dD[threadIdx.x].at[k], shared.ddt_bias[threadIdx.x].at[k]};
             // lanes of the same channels have other tokens
             for (int bit = ROW_LANES; bit < 32; bit *= 2) {
                 sums[0] += __shfl_xor_sync(~0u, sums[0], bit);
@@ -242,42 +241,83 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 
     float4* const elements = shared.element[warp];
     [[maybe_unused]] float4* const sums = elements + T / 2 * PAIR;
+    [[maybe_unused]] float4* const steps = shared.steps[warp];
+    float2* const own_steps =
+        reinterpret_cast<float2*>(steps + place_of(elementwise.token / 2, elementwise.column)) +
+        elementwise.token % 2;
+    // What a tile needs is loaded while the block adds up dB and dC of the one behind it.
+    struct {
+        Row rows[SUBS];
+        Packed<MAPS> B, C;
+        float4 checkpoint[CPT];
+    } loaded;
+    auto load = [&](int at) {
+#pragma unroll
+        for (int sub = 0; sub < SUBS; ++sub) {
+            const bool exists = at + sub * SUB + elementwise.token < count;
+            loaded.rows[sub] = elementwise.load(sub * SUB, exists ? io_valid : 0);
+        }
+        const int valid = at + map_token < count ? map_valid : 0;
+        loaded.C = load_packed<MAPS>(from_C.at(0), valid);
+#if !CARRIES
+        loaded.B = load_packed<MAPS>(from_B.at(0), valid);
+        own.load_unordered(loaded.checkpoint, checkpoints + at / T * states);
+#endif
+    };
+#if !CARRIES
+    // ---- dB and dC of the block's channels, of one tile
+    auto save_maps = [&](int at) {
+        for (int k = threadIdx.x; k < T * N_PAD / 2; k += THREADS) {
+            const int n = 4 * k % N_PAD, is_C = 4 * k / N_PAD % 2, t = 4 * k / N_PAD / 2;
+            float sum[4] = {};
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w) {
+                float part[4];
+                read_fours(part, &shared.dB_dC[w][t][is_C][n]);
+#pragma unroll
+                for (int j = 0; j < 4; ++j) sum[j] += part[j];
+            }
+            float* to = (is_C ? dC : dB) + (at + t) * n_groups * d_state + n;
+            if (at + t < count && d_state % 4 == 0 && n < d_state)
+                *reinterpret_cast<float4*>(to) = make_float4(sum[0], sum[1], sum[2], sum[3]);
+            else if (at + t < count)
+#pragma unroll
+                for (int j = 0; j < 4; ++j)
+                    if (n + j < d_state) to[j] = sum[j];
+        }
+    };
+#endif
     for (int at = last_tile; at >= 0; at -= T) {
-        // ---- the tile's elements, B and C
+        load(at);
+#if !CARRIES
+        if (at < last_tile) save_maps(at + T);
+#endif
+        // ---- the tile's elements, B and C, which have been loaded
 #if !CARRIES
         float decay[SUB][CPT][SPT], state[SUB + 1][CPT][SPT];
-        if (d_state % 4 == 0 && own.n_channels == CPT && own.n_states == SPT)
-            own.load_fours(state[0], checkpoints + at / T * states);
-        else
-            own.load(state[0], checkpoints + at / T * states);
 #endif
-        {
-            const int valid = at + map_token < count ? map_valid : 0;
-            const Packed<MAPS> given_C = load_packed<MAPS>(C + at * C_l, valid);
-#if !CARRIES
-            const Packed<MAPS> given_B = load_packed<MAPS>(B + at * B_l, valid);
-#endif
-            if (map_token < T)
+        if (map_token < T)
 #pragma unroll
-                for (int k = 0; k < MAPS; ++k)
+            for (int k = 0; k < MAPS; ++k)
 #pragma unroll
-                    for (int order = 0; order < ORDERS; ++order) {
-                        const int n = map_state + k ^ order_of<SPT, 0, ORDER_BITS>(order);
-                        shared.C[map_token][order * N_PAD + n] = unpack(given_C, k);
+                for (int order = 0; order < ORDERS; ++order) {
+                    const int n = map_state + k ^ order_of<SPT, 0, ORDER_BITS>(order);
+                    shared.C[map_token][order * N_PAD + n] = unpack(loaded.C, k);
 #if !CARRIES
-                        shared.B[map_token][order * N_PAD + n] = unpack(given_B, k);
+                    shared.B[map_token][order * N_PAD + n] = unpack(loaded.B, k);
 #endif
-                    }
-        }
+                }
         float bias[VEC];
 #pragma unroll
         for (int k = 0; k < VEC; ++k) bias[k] = shared.dt_bias[own_channel + k];
 #pragma unroll
-        for (int sub = 0; sub < SUBS; ++sub) {
-            const bool exists = at + sub * SUB + elementwise.token < count;
-            elementwise.load(sub * SUB, exists ? io_valid : 0);
-            elementwise.prepare(elements + own_place + place_of(sub * SUB, 0), bias, exists);
-        }
+        for (int sub = 0; sub < SUBS; ++sub)
+            elementwise.prepare(loaded.rows[sub], elements + own_place + place_of(sub * SUB, 0),
+                                own_steps + 2 * place_of(sub * SUB / 2, 0), bias,
+                                at + sub * SUB + elementwise.token < count);
+#if !CARRIES
+        own.put_in_order(state[0], loaded.checkpoint);
+#endif
         if (at > 0) {
             const i64 first_channel = block_channel + warp * CH;
             elementwise.prefetch_tile_before(lane, warp * CH, group_end - first_channel);
@@ -322,19 +362,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
             }
 #else
         // ---- the states: token t from the one before it
+        [[maybe_unused]] float4 pair[CPT];
+        [[maybe_unused]] auto read_pair = [&](int first, int t) {
+#pragma unroll
+            for (int k = 0; k < CPT; ++k)
+                pair[k] = (steps + place[k] + place_of(first / 2, 0))[place_of(t / 2, 0)];
+        };
         auto walk = [&](int first, int t, float (&decay)[CPT][SPT], const float (&from)[CPT][SPT],
                         float (&to)[CPT][SPT]) {
-            float B_now[SPT];
+            float B_now[SPT], input[CPT][SPT];
             read_map(B_now, shared.B, first + t);
+            if (READS_PAIRS && t % 2 == 0) read_pair(first, t);
 #pragma unroll
             for (int k = 0; k < CPT; ++k) {
-                const float4 now = element(first, t, k);
+                const float4 now = !READS_PAIRS ? element(first, t, k)
+                                   : t % 2      ? make_float4(pair[k].z, pair[k].w, 0.0f, 0.0f)
+                                                : pair[k];
 #pragma unroll
                 for (int n = 0; n < SPT; ++n) {
                     decay[k][n] = exp2_factor(now.x, log_decay[k][n]);
-                    to[k][n] = fmaf(decay[k][n], from[k][n], now.y * B_now[n]);
+                    input[k][n] = now.y * B_now[n];
                 }
             }
+#pragma unroll
+            for (int k = 0; k < CPT; ++k)
+#pragma unroll
+                for (int n = 0; n < SPT; ++n) to[k][n] = fmaf(decay[k][n], from[k][n], input[k][n]);
         };
         auto begin_sequence = [&](int t, float (&from)[CPT][SPT]) {
 #if PACKED
@@ -361,14 +414,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
         for (int sub = SUBS - 1; sub >= 0; --sub) {
             const int first = sub * SUB;
             const int valid = at + first + elementwise.token < count ? io_valid : 0;
-            elementwise.load_again(first, valid);
 #pragma unroll
             for (int t = 0; t < SUB; ++t) {
                 begin_sequence(first + t, state[t]);
                 walk(first, t, decay[t], state[t], state[t + 1]);
             }
 
-            // ---- and back
+            // ---- and back; before it, so as not to take the walk's registers
+            const Row row = elementwise.load_again(first, valid);
 #pragma unroll
             for (int t = SUB - 1; t >= 0; --t) {
                 const int token = first + t;
@@ -398,6 +451,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
                     leave_sequence();
                     // the state that the one before it ended with, in whose place stood this one's
                     // first
+                    if (READS_PAIRS && t > 0) read_pair(first, t - 1);
                     if (t > 0) walk(first, t - 1, decay[t - 1], state[t - 1], state[t]);
                 }
 #endif
@@ -418,15 +472,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
                 if (lane % LANES * KEPT_CHANNELS < CPT)
 #pragma unroll
                     for (int k = 0; k < KEPT_CHANNELS; ++k)
-                        (sums + place[k])[place_of(t, 0)] =
-                            make_float4(p[k], u[k], Aw[k], 0.0f);
+                        (sums + place[k])[place_of(t, 0)] = make_float4(p[k], u[k], Aw[k], 0.0f);
             }
             __syncwarp();
             float into_x[VEC], into_dt[VEC], into_z[VEC], into_y[VEC];
-            elementwise.finish(elements + own_place + place_of(first, 0),
-                               sums + own_place,
-                               &shared.D[warp * CH + elementwise.column], into_x, into_dt, into_z,
-                               into_y);
+            elementwise.finish(row, elements + own_place + place_of(first, 0), sums + own_place,
+                               &shared.D[own_channel], shared.dD_part[threadIdx.x],
+                               shared.ddt_bias[threadIdx.x], into_x, into_dt, into_z, into_y);
             store_packed<VEC>(to_x.at(first), pack<VEC>(into_x), valid);
             store_packed<VEC>(to_dt.at(first), pack<VEC>(into_dt), valid);
 #if GATED
@@ -444,12 +496,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
                     }
             __syncwarp();
         }
-        if (at % (SUM_TOKENS / 8) == 0)
+        if (at % (SUM_TOKENS / 8) == 0) {
 #pragma unroll
-            for (int k = 0; k < VEC; ++k) {
-                elementwise.dD[k] += elementwise.dD_part[k];
-                elementwise.dD_part[k] = 0.0f;
-            }
+            for (int k = 0; k < VEC; ++k)
+                shared.dD[threadIdx.x].at[k] += shared.dD_part[threadIdx.x].at[k];
+            shared.dD_part[threadIdx.x] = {};
+        }
         if (at % SUM_TOKENS == 0) {
             save_sums(first_sum + at / SUM_TOKENS);
             begin_sums();
@@ -460,28 +512,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 #endif
 #endif
         elementwise.move();
+        from_B.tile -= T * B_l, from_C.tile -= T * C_l;
         __syncthreads();
-#if !CARRIES
-        // ---- dB and dC of the block's channels
-        for (int k = threadIdx.x; k < T * N_PAD / 2; k += THREADS) {
-            const int n = 4 * k % N_PAD, is_C = 4 * k / N_PAD % 2, t = 4 * k / N_PAD / 2;
-            float sum[4] = {};
-#pragma unroll
-            for (int w = 0; w < WARPS; ++w) {
-                float part[4];
-                read_fours(part, &shared.dB_dC[w][t][is_C][n]);
-#pragma unroll
-                for (int j = 0; j < 4; ++j) sum[j] += part[j];
-            }
-            float* to = (is_C ? dC : dB) + (at + t) * n_groups * d_state + n;
-            if (at + t < count && d_state % 4 == 0 && n < d_state)
-                *reinterpret_cast<float4*>(to) = make_float4(sum[0], sum[1], sum[2], sum[3]);
-            else if (at + t < count)
-#pragma unroll
-                for (int j = 0; j < 4; ++j)
-                    if (n + j < d_state) to[j] = sum[j];
-        }
-#endif
     }
 
 #if CARRIES
@@ -494,6 +526,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
             dt_sums[at * n_channels + channel + c] = has_begun ? infinity() : dt_sum[k];
     }
 #else
+    save_maps(0);
 #if !PACKED
     if (segment == 0) own.save(row_of(dinitial_state, sequence * states), carry);
 #endif

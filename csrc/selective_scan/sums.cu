@@ -1,5 +1,6 @@
 // The last step of hybridzoo.kernels.selective_scan's backward: what bwd.cu's blocks wrote in parts,
-// added up in the order of parts and without loss, for all five gradients in one launch. A thread has four columns.
+// added up in the order of parts and without loss, for all five gradients in one launch. A thread
+// has four columns.
 //
 //   DTYPE    of dB and dC, see io.cuh; the others stay fp32
 //   ALIGNED  1 where the columns of dB, dA and dD are a multiple of four
@@ -39,7 +40,7 @@ __device__ __forceinline__ void add_up(float (&sum)[4], const float* __restrict_
     for (int k = 0; k < 4; ++k) sum[k] += fabsf(sum[k]) < infinity() ? lost[k] : 0.0f;
 }
 
-extern "C" __global__ void __launch_bounds__(128, 8) selective_scan_sums(
+extern "C" __global__ void __launch_bounds__(128, 9) selective_scan_sums(
     element* __restrict__ dB, element* __restrict__ dC,  // (b, l, g, n)
     float* __restrict__ dA,                              // (i, n)
     float* __restrict__ dD, float* __restrict__ ddt_bias,  // (i)

@@ -134,12 +134,15 @@ def _choose(
     sizes = [Mapping(warps, tokens, sub) for warps in (8, 4, 2, 1)]
     if n > 32 and not is_packed:
         sizes = [m._replace(sub=4, channels=4) for m in sizes]
-    candidates = [(next(m for m in sizes if _shared_bytes(m, n) <= room), (1.0,))]
+    known: list[tuple[Mapping, tuple[float, ...]]] = []
     if n <= 16 and not is_packed:
         if tokens == 16:
-            candidates = [(WIDE, OF_TWO), (NARROW, OF_THREE)] if n > 8 else [(FEW, OF_TWO)]
+            known = [(WIDE, OF_TWO), (NARROW, OF_THREE)] if n > 8 else [(FEW, OF_TWO)]
         elif n > 8:
-            candidates = [(LEAN, OF_TWO)]
+            known = [(LEAN, OF_TWO)]
+    candidates = [(m, costs) for m, costs in known if _shared_bytes(m, n) <= room]
+    if not candidates:
+        candidates = [(next(m for m in sizes if _shared_bytes(m, n) <= room), (1.0,))]
 
     def cost(mapping: Mapping, costs: tuple[float, ...]) -> float:
         full, rest = divmod(_n_blocks(mapping, b, i, n, groups) * mapping.n_segments, n_sms)
@@ -298,7 +301,16 @@ def _plan(
     check_shapes(given)
     read = (dy,) if given.z is None else (dy, dz)
     _check_distances(
-        mapping, {"x": given.x, "dt": given.dt, "z": given.z, "dy": dy, "dz": read[-1]}
+        mapping,
+        {
+            "x": given.x,
+            "dt": given.dt,
+            "B": given.B,
+            "C": given.C,
+            "z": given.z,
+            "dy": dy,
+            "dz": read[-1],
+        },
     )
     (b, l, i), n, groups = given.x.shape, given.A.shape[1], given.B.shape[2]
     rows = b if given.cu_seqlens is None else given.cu_seqlens.shape[0] - 1
@@ -376,10 +388,15 @@ def _shared_bytes(mapping: Mapping, n: int, *, is_carries: bool = False) -> int:
     room = min(8, 16 // lanes * mapping.channels) // vector if vector > 1 else 0
     pair = vector * (2 * (width // vector) + room)
     elements, sums = (4 * mapping.warps * t // 2 * pair for t in (mapping.tokens, mapping.sub))
+    reads_pairs = mapping.channels == 4 and mapping.sub % 4 == 0 and not is_carries
+    steps = elements // 2 if reads_pairs else 4 * mapping.warps
     maps = 2 * mapping.tokens * (min(STATES, LANES // lanes) * padded + padded * (padded < LANES))
     if is_carries:
-        return 4 * (elements + maps + mapping.warps * width)
+        return 4 * (elements + steps + maps + mapping.warps * width)
     own = threads * STATES * mapping.channels
     before = max(1, mapping.tokens // mapping.sub - 1) * own
     dmaps = 2 * mapping.warps * mapping.tokens * padded
-    return 4 * (elements + sums + maps + before + dmaps + 2 * mapping.warps * width)
+    over_time = 3 * threads * vector
+    return 4 * (
+        elements + sums + steps + over_time + maps + before + dmaps + 2 * mapping.warps * width
+    )
