@@ -209,12 +209,15 @@ def test_a_layer_gets_y_again_and_dz_where_it_wants_it(kernels, is_packed):
     assert all(torch.equal(f, k) for f, k in zip(found, known, strict=True))
 
 
-def test_tokens_too_far_apart_are_refused(kernels):
+@pytest.mark.parametrize("name", ["dy", "B"])
+def test_tokens_too_far_apart_are_refused(kernels, name):
     given = made(1, 2, 8, 16)
     # 512 MiB, which nothing touches
-    far = torch.empty(2**27 + 8).as_strided((1, 2, 8), (2**28, 2**27, 1))
-    with pytest.raises(BackendError, match=r"dy's tokens lie \(134217728\) elements"):
-        bwd.launch(given, far, None, torch.zeros(1, 1, 8, 16), Mapping(1, 16, 4))
+    far = torch.empty(2**27 + 16).as_strided((1, 2, 16), (2**28, 2**27, 1))
+    dy = far[..., :8] if name == "dy" else given.x
+    given = given._replace(B=far[:, :, None]) if name == "B" else given
+    with pytest.raises(BackendError, match=rf"{name}'s tokens lie \(134217728\) elements"):
+        bwd.launch(given, dy, None, torch.zeros(1, 1, 8, 16), Mapping(1, 16, 4))
 
 
 def test_what_is_not_a_number_stays_in_its_sequence(kernels):
