@@ -23,6 +23,8 @@ MAPPINGS = {
     16: [Mapping(2, 16, 4, channels=4), Mapping(1, 16, 4, 2), Mapping(2, 32, 8)],
     32: [Mapping(2, 32, 8), Mapping(1, 32, 4, 3)],
     64: [Mapping(2, 16, 4, channels=4), Mapping(1, 16, 8, 3)],
+    # a thread that has three of its four states
+    7: [Mapping(1, 16, 4)],
 }
 CASES = [(n, mapping) for n, mappings in MAPPINGS.items() for mapping in mappings]
 # minutes each: two warps, and every number of states in segments
@@ -76,7 +78,7 @@ def assert_near(got, want, limit=6e-7):
 
 @pytest.mark.parametrize(
     ("n", "mapping"),
-    [pytest.param(*c, marks=() if c[0] == 16 else pytest.mark.slow) for c in CASES],
+    [pytest.param(*c, marks=() if c[0] in (7, 16) else pytest.mark.slow) for c in CASES],
     ids=str,
 )
 def test_walk_back_is_the_adjoint(kernels, n, mapping):
@@ -124,11 +126,13 @@ def test_packed_is_separate(kernels, n_segments, has_state):
 @pytest.mark.parametrize(
     "lengths", [[96], [40, 56], [70, 26], [64, 32], [40, 24, 32], [40, 30, 26]], ids=str
 )
-def test_segments_hand_on_what_is_of_their_sequence(kernels, lengths):
+@pytest.mark.parametrize("channels", [2, 4])
+def test_segments_hand_on_what_is_of_their_sequence(kernels, channels, lengths):
     """Of 32 tokens, with steps so small that it is not forgotten on the way."""
     given = made(1, 96, 8, 16, rows=len(lengths), cu_seqlens=pack(lengths))
     given = given._replace(dt=given.dt - 6)
-    assert_near(gradients(given, Mapping(1, 32, 4, 3)), truth(given))
+    mapping = Mapping(1, 16, 4, 3, channels=channels)
+    assert_near(gradients(given, mapping), truth(given))
 
 
 def test_pack_of_nothing(kernels):
@@ -191,6 +195,16 @@ def test_long_sums_lose_nothing(kernels, monkeypatch):
     bwd._plan.cache_clear()
     # the products are off by half a unit, which is one
     assert (dD.double() - 2**24 - 8).abs().max() <= 3
+
+
+def test_D_gets_little_error_from_512_tokens(kernels):
+    """Of one sign, added by eighths first: 4e-8 in norm; one after another, 1e-7."""
+    given = made(1, 512, 32, 4, z=None)._replace(x=randn(1, 512, 32, seed=20).abs())
+    dy = randn(1, 512, 32, seed=30).abs()
+    _, _, checkpoints = fwd.launch(given, FWD, 32)
+    dD = bwd.launch(given, dy, None, checkpoints, Mapping(1, 32, 4))[5]
+    want = (given.x.double() * dy.double()).sum((0, 1))
+    assert (dD.double() - want).norm() <= 6e-8 * want.norm()
 
 
 @pytest.mark.parametrize("is_packed", [False, True], ids=["rows", "packed"])

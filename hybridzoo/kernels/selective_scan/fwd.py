@@ -229,9 +229,6 @@ def _plan(
         if grid_y and rows:
             checkpoints = 0 if is_ends else has_checkpoints
             macros = {**both, "CHECKPOINTS": checkpoints, "ENDS": is_ends}
-            if is_ends and given.cu_seqlens is not None:
-                # which want more registers still
-                macros["MIN_BLOCKS"] = max(1, macros["MIN_BLOCKS"] - 1)
             kernel = loader.load(SOURCE, f"selective_scan_{name}", macros, device)
             kernels.append((kernel, (blocks, grid_y, 1), _shared_bytes(mapping, n, bool(is_ends))))
     return Plan(n_segments, numbers, tuple(kernels))
