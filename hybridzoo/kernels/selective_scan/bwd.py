@@ -125,24 +125,7 @@ def _choose(
     room: int,
 ) -> Mapping:
     tokens = distance(n, is_lean=is_lean)
-    # a lane reads four channels at most, of one token
-    sub = min(8, 2 * _lanes(n))
-    if is_packed and Mapping(1, tokens, sub).width(n) * sub > LANES:
-        # the way into a sequence and out of it wants registers
-        sub //= 2
-    # of the same work, the widest blocks that fit
-    sizes = [Mapping(warps, tokens, sub) for warps in (8, 4, 2, 1)]
-    if n > 32 and not is_packed:
-        sizes = [m._replace(sub=4, channels=4) for m in sizes]
-    known: list[tuple[Mapping, tuple[float, ...]]] = []
-    if n <= 16 and not is_packed:
-        if tokens == 16:
-            known = [(WIDE, OF_TWO), (NARROW, OF_THREE)] if n > 8 else [(FEW, OF_TWO)]
-        elif n > 8:
-            known = [(LEAN, OF_TWO)]
-    candidates = [(m, costs) for m, costs in known if _shared_bytes(m, n) <= room]
-    if not candidates:
-        candidates = [(next(m for m in sizes if _shared_bytes(m, n) <= room), (1.0,))]
+    candidates = _candidates(tokens, n, is_packed, room)
 
     def cost(mapping: Mapping, costs: tuple[float, ...]) -> float:
         full, rest = divmod(_n_blocks(mapping, b, i, n, groups) * mapping.n_segments, n_sms)
@@ -155,6 +138,30 @@ def _choose(
     most = max(1, min(l // (2 * tokens), MAX_SEGMENTS, 4 * n_sms))
     options = [(m._replace(n_segments=k), c) for m, c in candidates for k in range(1, most + 1)]
     return min(options, key=lambda option: cost(*option))[0]
+
+
+def _candidates(
+    tokens: int, n: int, is_packed: bool, room: int
+) -> list[tuple[Mapping, tuple[float, ...]]]:
+    """Mappings that fit into this room, without segments, with what one, two and so on take."""
+    known: list[tuple[Mapping, tuple[float, ...]]] = []
+    if n <= 16 and not is_packed:
+        if tokens == 16:
+            known = [(WIDE, OF_TWO), (NARROW, OF_THREE)] if n > 8 else [(FEW, OF_TWO)]
+        elif n > 8:
+            known = [(LEAN, OF_TWO)]
+    if fitting := [(m, costs) for m, costs in known if _shared_bytes(m, n) <= room]:
+        return fitting
+    # a lane reads four channels at most, of one token
+    sub = min(8, 2 * _lanes(n))
+    if is_packed and Mapping(1, tokens, sub).width(n) * sub > LANES:
+        # the way into a sequence and out of it wants registers
+        sub //= 2
+    # of the same work, the widest blocks that fit
+    sizes = [Mapping(warps, tokens, sub) for warps in (8, 4, 2, 1)]
+    if n > 32 and not is_packed:
+        sizes = [m._replace(sub=4, channels=4) for m in sizes]
+    return [(next(m for m in sizes if _shared_bytes(m, n) <= room), (1.0,))]
 
 
 def _n_blocks(mapping: Mapping, b: int, i: int, n: int, groups: int) -> int:
@@ -300,18 +307,7 @@ def _plan(
     given: Arguments[Layout] = Arguments(*layouts, *options)
     check_shapes(given)
     read = (dy,) if given.z is None else (dy, dz)
-    _check_distances(
-        mapping,
-        {
-            "x": given.x,
-            "dt": given.dt,
-            "B": given.B,
-            "C": given.C,
-            "z": given.z,
-            "dy": dy,
-            "dz": read[-1],
-        },
-    )
+    _check_distances(mapping, given, dy, dz)
     (b, l, i), n, groups = given.x.shape, given.A.shape[1], given.B.shape[2]
     rows = b if given.cu_seqlens is None else given.cu_seqlens.shape[0] - 1
     segment = -(-l // (mapping.n_segments * mapping.tokens)) * mapping.tokens
@@ -340,8 +336,11 @@ def _plan(
     )
 
 
-def _check_distances(mapping: Mapping, layouts: dict[str, Layout | None]) -> None:
+def _check_distances(mapping: Mapping, given: Arguments[Layout], dy: Layout, dz: Layout) -> None:
     """Refuse what a thread cannot reach: it finds its elements of a tile by 32 bits."""
+    layouts = {name: getattr(given, name) for name in ("x", "dt", "B", "C", "z")} | {"dy": dy}
+    if given.z is not None:
+        layouts["dz"] = dz
     for name, t in layouts.items():
         # of one token there is no next one
         if t is not None and t.shape[1] > 1 and t.stride[1] * mapping.tokens >= 2**31:
