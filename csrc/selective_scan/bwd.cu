@@ -13,13 +13,13 @@
 // tokens at a time. A thread has CPT channels and SPT states of each; LANES lanes share a channel.
 // A tile's states are walked from the forward's checkpoint: once to know the state before each of
 // its SUB tokens, and again SUB tokens at a time, whose states and decays then lie in registers for
-// the walk back over them. Instructions and what shared memory hands out are the limits, and the
-// sums over lanes would be a fifth of both: a lane gives half of what it has to another and gets
-// the other half of that one's, until one is left, and in the end dB for dC. So that nothing need
-// be selected, each lane numbers its channels and its states in an order of its own (`order_of`),
-// and shared memory has B and C in each of these orders. What is of an element and not of a state
-// is done once: prepare() makes (dt, dt x, g, slope of the step) of it before the walks, and
-// finish() the gradients of x, dt and z behind each SUB tokens.
+// the walk back over them. Instructions are the limit, and what latency two warps a scheduler do
+// not hide; sums over lanes would be a fifth of the instructions: a lane gives half of what it has
+// to another and gets the other half of that one's, until one is left, and in the end dB for dC. So
+// that nothing need be selected, each lane numbers its channels and its states in an order of its
+// own (`order_of`), and shared memory has B and C in each of these orders. What is of an element
+// and not of a state is done once: prepare() makes (dt, dt x, g, slope of the step) of it before
+// the walks, and finish() the gradients of x, dt and z behind each SUB tokens.
 //
 // Warps have channels of their own and share B and C. Their parts of dB and dC are added in shared
 // memory in the order of warps, and those of blocks by sums.cu; there is no atomic.
@@ -420,7 +420,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
                 walk(first, t, decay[t], state[t], state[t + 1]);
             }
 
-            // ---- and back; before it, so as not to take the walk's registers
+            // ---- and back. finish() needs this row, which would take registers of the walk
             const Row row = elementwise.load_again(first, valid);
 #pragma unroll
             for (int t = SUB - 1; t >= 0; --t) {
