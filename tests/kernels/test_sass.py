@@ -329,8 +329,8 @@ CASES = [
     ),
     # The backward, whose core holds a walk of 4 tokens over 16 states: 64 decays on the way and, of
     # four elements, the gate's exponential and reciprocal. It keeps them in as many registers as
-    # there are: what is of a tile waits in memory, on sm_80. Sums over time lie in shared memory and
-    # a row is loaded behind the walk, for 0.2 to 0.6 slots more; that is 6 % faster (RESULTS.md).
+    # there are: what is of a tile waits in memory, on sm_80. Sums over time lie in shared memory,
+    # and a row is loaded behind the walk: 0.2 to 0.6 slots more, and 6 % faster (RESULTS.md).
     Case("bwd", lambda: run_bwd(8, 2048, 4096, 16), BWD_BOUNDS),
     Case("bwd-fp32", lambda: run_bwd(8, 2048, 4096, 16, FP32), BWD_BOUNDS),
     Case("bwd-fp16", lambda: run_bwd(8, 2048, 4096, 16, FP16), BWD_BOUNDS),
