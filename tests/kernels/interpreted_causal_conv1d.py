@@ -98,6 +98,19 @@ def check_gradient_views():
     torch.testing.assert_close(got, want)
 
 
+def check_gradient_place():
+    """dx goes into columns of something wider, and nowhere else."""
+    call = conv_inputs((2, 11, 5, 4), torch.float32)
+    x, weight, bias, _, state = call.arguments.values()
+    given = (x.flip(1), state.flip(0), x, weight, bias, state, None, True)
+    want, wide = triton_bwd.causal_conv1d_backward(*given), torch.zeros(2, 11, 16)
+    got = triton_bwd.launch_backward(*given, dx=wide[..., 3:8])
+    assert all(map(torch.equal, got, want)) and torch.equal(wide[..., 3:8], want[0])
+    assert not wide[..., :3].any() and not wide[..., 8:].any()
+    with pytest.raises(AssertionError, match="rows of dx lie apart"):
+        triton_bwd.launch_backward(*given, dx=torch.zeros(2, 12, 5)[:, :11])
+
+
 def check_gradient_pieces():
     """Cut in three, with the gradient through the states, is one pass; sums in another order."""
     call = conv_inputs((2, 75, 5, 4), torch.float32)
@@ -193,6 +206,7 @@ def cases():
     yield "pieces", check_pieces
     yield "pack is separate", check_pack_is_separate
     yield "gradients of views", check_gradient_views
+    yield "gradients in their place", check_gradient_place
     yield "gradients in pieces", check_gradient_pieces
     yield "gradients of packs", check_gradient_packs
     yield "long walks", check_long_walks

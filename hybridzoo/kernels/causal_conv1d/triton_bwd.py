@@ -319,7 +319,11 @@ def launch_backward(
     """What the op runs; `dx`, some channels of contiguous (b, l, more), is filled where given."""
     given = (dy, dfinal_state, x, weight, bias, initial_state, cu_seqlens, silu)
     new_dx, dweight, dbias, dstate = _allocate(*given, has_dx=dx is None)
-    dx = new_dx if dx is None else dx
+    if dx is None:
+        dx = new_dx
+    else:
+        # the kernels derive where a row begins
+        assert len(dx) == 1 or dx.stride(0) == dx.shape[1] * dx.stride(1), "rows of dx lie apart"
     x, dy, flat, bias, state, dfinal = map(
         rows_of, (x, dy, weight.flatten(), bias, initial_state, dfinal_state)
     )
