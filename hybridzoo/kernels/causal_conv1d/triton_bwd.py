@@ -318,12 +318,7 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the op runs; `dx`, some channels of contiguous (b, l, more), is filled where given."""
     given = (dy, dfinal_state, x, weight, bias, initial_state, cu_seqlens, silu)
-    new_dx, dweight, dbias, dstate = _allocate(*given, has_dx=dx is None)
-    if dx is None:
-        dx = new_dx
-    else:
-        # the kernels derive where a row begins
-        assert len(dx) == 1 or dx.stride(0) == dx.shape[1] * dx.stride(1), "rows of dx lie apart"
+    dx, dweight, dbias, dstate = _allocate(*given, dx)
     x, dy, flat, bias, state, dfinal = map(
         rows_of, (x, dy, weight.flatten(), bias, initial_state, dfinal_state)
     )
@@ -394,7 +389,12 @@ def _allocate(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     silu: bool,
-    has_dx: bool = True,
+    dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if dx is None:
+        dx = x.new_empty(x.shape)
+    else:
+        # the kernels derive where a row begins
+        assert len(dx) == 1 or dx.stride(0) == dx.shape[1] * dx.stride(1), "rows of dx lie apart"
     absent = (x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (bias, initial_state))
-    return x.new_empty(x.shape if has_dx else 0), weight.new_empty(weight.shape), *absent
+    return dx, weight.new_empty(weight.shape), *absent
